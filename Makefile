@@ -1,0 +1,42 @@
+# make demo    set up once, then run the main job on the embedded teacher: runs/demo/report.html
+# make test    set up once, then everything that must hold: in step and clean, notebooks, pytest, the wheel
+# make bench   measure what must be fast; writes nbs/bench.csv and its page
+# make sync    what an author runs: modules, clean notebooks and README from the notebooks
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := .venv/bin
+READY  := .venv/.ready
+TIMEOUT ?= 300
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM   := false
+
+.PHONY: demo test bench sync setup check notebooks pytest clean
+demo: $(READY)
+	$(BIN)/sdlab demo
+
+test: check notebooks pytest
+
+# one after the other even under -j: they share the machine
+check: $(READY)
+	$(BIN)/python tests/sync.py --check
+notebooks: check
+	$(BIN)/python tests/run_notebooks.py --workers 2 --timeout $(TIMEOUT)
+pytest: notebooks
+	$(BIN)/python -m pytest tests -n 2
+
+bench: $(READY)
+	$(BIN)/python tests/bench/run.py $(BENCH)
+	$(BIN)/python tests/bench/page.py
+
+sync: $(READY)
+	$(BIN)/python tests/sync.py
+
+setup: $(READY)
+$(READY): settings.ini constraints.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info _docs _proc runs .bench
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"What all tests share: no network, few threads, the pocket teacher once per process, real data where it lies beside the checkout"
+import os, sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='Agg')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))                       # tests may import sync, run_notebooks and each other's helpers
+
+def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run the tests that take minutes too')
+
+def pytest_collection_modifyitems(config, items):
+    for o in items:
+        if 'slow' in o.keywords and not config.getoption('--slow'): o.add_marker(pytest.mark.skip(reason='slow: asked for with --slow'))
+        if 'gpu' in o.keywords:
+            import torch
+            if not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA device'))
+
+@pytest.fixture(scope='session')
+def root(): return HERE.parent
+
+@pytest.fixture(scope='session')
+def data(root):
+    "The folder of real models and data sets; skips where it is absent"
+    p = root.parent/'shared'/'data'
+    if not p.is_dir(): pytest.skip('no shared/data beside the checkout')
+    return p
+
+@pytest.fixture(scope='session')
+def teacher():
+    "The pocket teacher; no test may change it"
+    from sdlab.core.model import load
+    return load()
