@@ -26,7 +26,6 @@ pytest: notebooks
 
 bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(BENCH)
-	$(BIN)/python tests/bench/page.py
 
 sync: $(READY)
 	$(BIN)/python tests/sync.py

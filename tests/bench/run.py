@@ -39,6 +39,15 @@ def write(by_bench, path=TABLE):
         w.writeheader()
         for b in sorted(by_bench): w.writerows([{k: short(r.get(k)) for k in COLUMNS} for r in by_bench[b]])
 
+def page(path=ROOT/'nbs'/'benchmarks.ipynb'):
+    "Execute the page that shows the table, and keep its output"
+    import nbformat
+    from nbclient import NotebookClient
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    nbformat.write(nb, path)
+    subprocess.run([sys.executable, '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', '--fname', str(path)], check=True, cwd=ROOT)
+
 def show(r): return '  '.join(f'{k} {r[k]:.4g}' if isinstance(r[k], float) else f'{k} {r[k]}' for k in ('ours','against','ratio','limit','met') if r[k] not in (None,''))
 
 def main(names):
@@ -52,7 +61,7 @@ def main(names):
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e: failed.append(f'{b}: {e}')
         else:
             for r in done[b]: print(f"   {r['what']} [{r['unit']}]: {show(r)}")
-            write(done)
+            write(done), page()
         print(f'   {time.time()-t:.0f} s', flush=True)
     if failed: sys.exit('These benchmarks failed:\n  '+'\n  '.join(failed))
 
