@@ -32,8 +32,9 @@ sync: $(READY)
 
 setup: $(READY)
 $(READY): settings.ini constraints.txt setup.py
+	@echo 'setting up .venv, once: a few minutes, 2 GB'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
 clean:

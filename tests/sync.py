@@ -54,6 +54,7 @@ def readme(root): # Text of README.md
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
     nb = nbformat.read(root/'nbs'/'index.ipynb', 4)
+    nb.metadata['language_info'] = {'name': 'python'}
     nb.cells = [c for c in map(shown, nb.cells) if c]
     c = Config()
     c.NbConvertBase.display_data_priority = ['text/markdown', 'text/html', 'text/plain']

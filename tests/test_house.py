@@ -42,7 +42,7 @@ def test_in_step(house, capsys):
     check(house)
     assert 'in step: 2 notebooks' in capsys.readouterr().out
     readme = (house/'README.md').read_text()
-    assert 'nbs/core/00_one.ipynb' in readme and '](images/it.png)' in readme and 'shown = 1' in readme and 'hidden' not in readme
+    assert 'nbs/core/00_one.ipynb' in readme and '](images/it.png)' in readme and '```python\nshown = 1' in readme and 'hidden' not in readme
     init = (house/'sdlab'/'__init__.py').read_text()
     assert 'def mine()' in init and '0.0.0' not in init              # code survives, the version is that of settings.ini
 
