@@ -5,7 +5,7 @@
 
 Both rebuild the notebooks in a scratch copy (nbdev's export and clean, nbconvert for the README) and compare bytes, so that a
 hand-edited module, a dirty notebook, a module without a notebook and a forgotten export are all seen, in git or not."""
-import json, os, re, shutil, subprocess, sys, tempfile
+import json, os, re, shutil, sys, tempfile, warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,12 +17,19 @@ def notebooks(root): # Every notebook of the book, in order
 
 def modules(root): return [p for p in sorted((root/'sdlab').rglob('*.py')) if '__pycache__' not in p.parts]
 
-def nbdev(module, command, root):
-    "Run an nbdev command on the tree at `root`"
-    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}        # nbdev_export does nothing when it is set
-    src = f'import sys; sys.argv=["nbdev"]; from nbdev.{module} import {command}; {command}()'
-    p = subprocess.run([sys.executable, '-c', src], cwd=root, env=env, capture_output=True, text=True)
-    if p.returncode or 'Failed to clean' in p.stderr: raise SystemExit(f'{command} failed:\n{p.stdout}{p.stderr}')
+def export_and_clean(root):
+    "nbdev's export of modules and index of names, and its clean, on the tree at `root`"
+    from nbdev.clean import nbdev_clean
+    from nbdev.config import get_config
+    from nbdev.doclinks import nbdev_export
+    here = os.getcwd()
+    os.environ.pop('IN_TEST', None)                                   # nbdev_export does nothing when it is set
+    try:
+        os.chdir(root), get_config.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)                      # 'Failed to clean notebook' is only a warning there
+            nbdev_export(), nbdev_clean()
+    finally: os.chdir(here), get_config.cache_clear()
 
 def no_widgets(path):
     "Drop stored widget state, which nbdev keeps and nothing can show"
@@ -68,8 +75,7 @@ def rebuilt(root, scratch):
         to = scratch/p.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, to)
-    nbdev('doclinks', 'nbdev_export', scratch)
-    nbdev('clean', 'nbdev_clean', scratch)
+    export_and_clean(scratch)
     for p in notebooks(scratch): no_widgets(p)
     if (scratch/'nbs'/'index.ipynb').exists(): (scratch/'README.md').write_text(readme(scratch), encoding='utf-8')
     return scratch
