@@ -96,6 +96,7 @@ def unexplained_class(name, c):
         yield from (f'{name}: no comment on {k}' for k in own.get('__annotations__', {}) if not k.startswith('_') and not getattr(docs.get(k), 'docment', None))
     elif '__init__' in own: yield from (o for o in unexplained(name, own['__init__']) if 'docstring' not in o)
     for k,f in own.items():
+        if isinstance(f, property) and len(inspect.getsource(f.fget).splitlines())<=2: continue      # its name and its line say it
         f = getattr(f, '__func__', f.fget if isinstance(f, property) else f)
         if k.startswith('_') or not inspect.isfunction(f) or f.__module__!=c.__module__: continue
         if any(k in vars(b) for b in c.__mro__[1:]): continue
