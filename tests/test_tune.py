@@ -1,0 +1,369 @@
+"What would not teach about tuning: exact tokens, families, resuming, refusing, and that nothing is touched"
+import copy, json, math, os, random, signal, subprocess, sys, textwrap
+from pathlib import Path
+import pytest, torch
+import families
+from sdlab.core.data import encode, rows
+from sdlab.core.model import LM, load
+from sdlab.recover.tune import labelled, learning_curve, training_log, tune
+
+quiet = dict(progress=False)
+
+def state(lm): return {k: v.clone() for k, v in lm.model.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def close(a, b, eps=1e-6): return max((a[k]-b[k]).abs().max().item() for k in a) < eps
+
+def echo(n=24, seed=0):
+    "Rows of one letter said twice, with a longer reference"
+    pick = random.Random(seed)
+    return rows([dict(prompt=f'say {(c := pick.choice("abcdefgh"))}{i}', completion=f'{c}{c}', reference=f'{c} and {c}', source='teacher') for i in range(n)])
+
+def small(name='Llama', chat=True, dropout=0., **kwargs):
+    tok = families.tokenizer(chat)
+    return LM(families.tiny(name, **kwargs), tok, name)
+
+@pytest.fixture(scope='module')
+def lm(): return small()
+
+@pytest.fixture(scope='module')
+def data(): return echo()
+
+@pytest.fixture(scope='module')
+def healed(lm, data): return tune(lm, data, epochs=2, lr=1e-3, batch_size=8, **quiet)
+
+# ---- what is learned
+
+@pytest.mark.parametrize('chat', [True, False])
+@pytest.mark.parametrize('on', ['completion', 'reference'])
+def test_tokens_are_those_of_encode(chat, on, data):
+    "The batches that reach the model hold exactly `encode`'s ids and its mask, BOS once, EOS learned once"
+    lm, got = small(chat=chat), []
+    hook = lm.model.register_forward_pre_hook(lambda m, a, k: got.append((k['input_ids'].clone(), k['labels'].clone(), k['input_ids'].ne(lm.tokenizer.pad_token_id))), with_kwargs=True)
+    tune(lm, data, on=on, epochs=1, batch_size=8, **quiet)
+    hook.remove()
+    seen = sorted((i[m.bool()].tolist(), l[m.bool()].tolist()) for ids, labels, mask in got for i, l, m in zip(ids, labels, mask))
+    want = []
+    for r in data:
+        e = encode(lm.tokenizer, dict(prompt=r['prompt'], completion=r[on]))
+        want.append((e['input_ids'], [t if m else -100 for t, m in zip(e['input_ids'], e['completion_mask'])]))
+    assert seen == sorted(want)
+    assert all(l[m == 0].eq(-100).all() for _, l, m in got)                              # padding is never learned
+    eos = lm.tokenizer.eos_token_id
+    assert all(l.count(eos) == 1 and [t for t in l if t >= 0][-1] == eos for _, l in seen)
+    bos = lm.tokenizer.bos_token_id
+    assert all(i.count(bos) <= 1 and bos not in l for i, l in seen)
+
+def test_why_labels_and_not_a_mask(lm, data, tmp_path):
+    "TRL 1.16 drops a `completion_mask` that comes without prompts and learns the questions too; if this fails, the lesson in the notebook is out of date"
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    ds = Dataset.from_list([encode(lm.tokenizer, r) for r in data])
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to='none', max_length=None)
+    T = type('Quiet', (SFTTrainer,), dict(_send_telemetry=lambda self: None))
+    seen = T(model=copy.deepcopy(lm.model), args=args, train_dataset=ds, processing_class=copy.deepcopy(lm.tokenizer)).train_dataset
+    assert all(r['labels'] == r['input_ids'] for r in seen)
+
+def test_text_rows_are_learned_whole(lm):
+    r = labelled(lm, ['abc'])[0]
+    assert [i for i in r['labels'] if i >= 0] == [*lm.tokenizer('abc', add_special_tokens=False).input_ids, lm.tokenizer.eos_token_id]
+
+def test_loss_is_the_mean_over_learned_tokens(lm, data):
+    "lr=0: the logged loss equals the surprise worked out row by row without padding"
+    log = training_log(tune(lm, data, epochs=1, lr=0., batch_size=24, **quiet))
+    total = count = 0
+    for r in labelled(lm, data):
+        ids, lab = torch.tensor([r['input_ids']]), torch.tensor(r['labels'])
+        with torch.no_grad(): lp = lm.model(ids).logits[0, :-1].log_softmax(-1)
+        keep = lab[1:] >= 0
+        total -= lp[torch.arange(len(lp))[keep], lab[1:][keep]].sum().item()
+        count += keep.sum().item()
+    assert log.loss.iloc[0] == pytest.approx(total/count, rel=1e-4)
+    assert log.trained_tokens.iloc[-1] == count
+
+def test_one_step_is_the_step_of_a_bare_loop(lm, data):
+    "The first step of AdamW, with clipping, from a loop of five lines"
+    ours = tune(lm, data, batch_size=24, max_steps=1, lr=1e-3, warmup_steps=0, lr_scheduler_type='constant', **quiet)
+    model, opt = copy.deepcopy(lm.model).train(), None
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.)
+    total = count = 0
+    for r in labelled(lm, data):
+        ids, lab = torch.tensor([r['input_ids']]), torch.tensor([r['labels']])
+        total = total+torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], lab[0, 1:], ignore_index=-100, reduction='sum')
+        count += (lab[0, 1:] >= 0).sum()
+    (total/count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    opt.step()
+    moved = {k: (v-model.state_dict()[k]).abs() for k, v in state(ours).items()}
+    assert sum(v.gt(1e-4).sum().item() for v in moved.values()) < .01*lm.n_params    # Adam divides tiny gradients by themselves: signs of a few may differ
+
+def test_masks_are_left_out_only_where_they_do_nothing(data):
+    "A causal model is trained without masks, to the same weights; one whose tokens look to their right keeps them"
+    import sdlab.recover.tune as T
+    def masks(lm, **how):
+        got = []
+        hook = lm.model.register_forward_pre_hook(lambda m, a, k: got.append('attention_mask' in k), with_kwargs=True)
+        new = tune(lm, data, epochs=2, lr=1e-3, batch_size=8, **quiet, **how)
+        hook.remove()
+        return got, new
+    lm = small()
+    free, a = masks(lm)
+    real = T._blind
+    T._blind = lambda *args: False
+    try: kept, b = masks(lm)
+    finally: T._blind = real
+    assert not any(free) and any(kept) and close(state(a), state(b), 1e-4)
+    batch = dict(input_ids=torch.randint(4, 90, (2, 6)), attention_mask=torch.tensor([[1]*6, [1]*4+[0]*2]))
+    assert real(lm.model, batch)
+    hook = lm.blocks[2].register_forward_pre_hook(lambda m, a: (a[0]+a[0].mean(1, keepdim=True), *a[1:]))   # now every token feels every other
+    assert not real(lm.model, batch)
+
+# ---- nothing else moves
+
+@pytest.mark.parametrize('lora', [None, 4])
+def test_student_is_left_as_it_was(lm, data, lora):
+    import numpy as np
+    before, cfg, gen = state(lm), lm.config.to_json_string(), lm.model.generation_config.to_json_string()
+    flags = [p.requires_grad for p in lm.model.parameters()], [m.training for m in lm.model.modules()]
+    tok = lm.tokenizer.get_vocab(), lm.tokenizer.pad_token, lm.tokenizer.chat_template
+    dice = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with torch.no_grad(): new = tune(lm, data, lora=lora, epochs=1, lr=1e-2, batch_size=8, **quiet)
+    assert same(state(lm), before) and lm.config.to_json_string() == cfg and lm.model.generation_config.to_json_string() == gen
+    assert flags == ([p.requires_grad for p in lm.model.parameters()], [m.training for m in lm.model.modules()])
+    assert tok == (lm.tokenizer.get_vocab(), lm.tokenizer.pad_token, lm.tokenizer.chat_template)
+    assert torch.equal(dice[0], torch.get_rng_state()) and dice[1] == random.getstate() and (dice[2] == np.random.get_state()[1]).all()
+    assert torch.is_grad_enabled() and all(p.grad is None for p in lm.model.parameters())
+    assert not same(state(new), before)
+    assert 'forward' not in vars(new.model) and type(new.model) is type(lm.model) and all(p.grad is None for p in new.model.parameters())
+    a, b = lm.config.to_dict(), new.config.to_dict()
+    b.pop('sdlab'); a.pop('sdlab', None)
+    assert a == b
+    assert not {p.data_ptr() for p in lm.model.parameters()} & {p.data_ptr() for p in new.model.parameters()}
+
+def test_no_telemetry(lm, data, monkeypatch):
+    import trl.trainer.base_trainer as base
+    monkeypatch.setattr(base, 'send_telemetry', lambda **k: pytest.fail('telemetry was sent'))
+    tune(lm, data, max_steps=1, **quiet)
+
+@pytest.mark.parametrize('name', ['Qwen2', 'Gemma2', 'GPT-2', 'Mixtral', 'Phi-3', 'OPT'])
+def test_families(name, data, tmp_path):
+    "Tied embeddings, soft caps, mixtures, fused projections: tuned, merged, saved and read again by plain transformers"
+    from transformers import AutoModelForCausalLM
+    lm = small(name)
+    before = state(lm)
+    for lora in (None, 2):
+        new = tune(lm, data, lora=lora, max_steps=2, lr=1e-3, batch_size=4, **quiet)
+        assert same(state(lm), before) and not same(state(new), before)
+        assert lm.config.tie_word_embeddings == (new.model.get_input_embeddings().weight is new.model.get_output_embeddings().weight) or name in ('Mixtral', 'Phi-3')
+    new.model.save_pretrained(tmp_path/name)
+    ids = torch.randint(4, 90, (2, 9))
+    with torch.no_grad(): a, b = new.model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path/name).eval()(ids).logits
+    assert (a-b).abs().max() < 1e-4
+
+# ---- adapters
+
+def test_adapters(lm, data, tmp_path):
+    "Only the targets move; merged and unmerged agree; a finished run with adapters is found again"
+    how = dict(lora=dict(rank=4, alpha=4, targets=['v_proj']), epochs=2, lr=1e-2, batch_size=8, **quiet)
+    merged, apart = tune(lm, data, **how), tune(lm, data, merge=False, out=tmp_path/'run', **how)
+    moved = {k.split('.')[-2] for k, v in state(merged).items() if not torch.equal(v, lm.model.state_dict()[k])}
+    assert moved == {'v_proj'}
+    ids = torch.randint(4, 90, (2, 9))
+    with torch.no_grad(): assert (merged.model(ids).logits-apart.model(ids).logits).abs().max() < 1e-3
+    again = tune(lm, data, merge=False, out=tmp_path/'run', **how)
+    with torch.no_grad(): assert (again.model(ids).logits-apart.model(ids).logits).abs().max() < 1e-5
+    assert again.provenance == apart.provenance and apart.provenance['steps'][-1]['lora']['r'] == 4
+    from peft import LoraConfig
+    tune(lm, data, lora=LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM'), max_steps=1, **quiet)
+
+# ---- the same again
+
+def test_seeds(lm, data, healed):
+    how = dict(epochs=2, lr=1e-3, batch_size=8, **quiet)
+    assert same(state(tune(lm, data, **how)), state(healed))
+    assert not same(state(tune(lm, data, seed=1, **how)), state(healed))
+
+def test_a_probe_changes_nothing(lm, data, healed):
+    "Even one that draws random numbers and samples text"
+    calls = []
+    def probe(m):
+        torch.manual_seed(5); random.random(); m.reply('say a', max_new_tokens=3, temperature=1.)
+        assert not m.model.training and m.n == lm.n
+        calls.append(1)
+        return dict(score=len(calls))
+    new = tune(lm, data, epochs=2, lr=1e-3, batch_size=8, probe=probe, probe_every=2, valid=data, **quiet)
+    assert same(state(new), state(healed))
+    log = training_log(new)
+    assert log.score.dropna().tolist() == [1, 2, 3, 4] and log.step[log.score.notna()].tolist() == [0, 2, 4, 6]
+    assert log.valid_loss.notna().sum() == 4
+    assert learning_curve(new).get_xlabel() == 'step'
+    with pytest.raises(ValueError, match='may not call its numbers loss'): tune(lm, data, probe=lambda m: dict(loss=1), **quiet)
+    with pytest.raises(TypeError, match='dict of numbers'): tune(lm, data, probe=lambda m: 3, **quiet)
+
+def test_live_log(lm, data):
+    seen = []
+    tune(lm, data, epochs=1, batch_size=8, progress=seen.append)
+    assert [o['step'] for o in seen if 'loss' in o] == [1, 2, 3] and all(o['steps'] == 3 for o in seen)
+
+def test_early_stop_gives_back_the_best(lm, data):
+    "A probe that is best at step 2: the weights are those of step 2, and the run ends two looks later"
+    taken = []
+    def probe(m):
+        taken.append(state(m))
+        return dict(score=[0., 1., .5, .5, .5, .5][min(len(taken)-1, 5)])
+    new = tune(lm, data, epochs=4, lr=1e-3, batch_size=8, probe=probe, probe_every=2, patience=2, watch='score', higher=True, **quiet)
+    info = new.provenance['steps'][-1]
+    assert info['steps'] == 6 and info['weights_of_step'] == 2
+    assert same(state(new), taken[1])
+    with pytest.raises(ValueError, match="no 'valid_loss' to watch"): tune(lm, data, probe=lambda m: dict(score=1), patience=1, **quiet)
+
+# ---- stopping and going on
+
+class Stop(Exception): pass
+
+def stop_at(n):
+    def show(row):
+        if row['step'] == n: raise Stop
+    return show
+
+@pytest.mark.parametrize('lora', [None, 4])
+def test_interrupted_and_resumed_is_the_same_run(lm, data, tmp_path, lora):
+    "Bit for bit, optimiser, order and dropout included; the counts as well"
+    how = dict(epochs=3, lr=1e-3, batch_size=8, lora=dict(rank=lora, lora_dropout=.2) if lora else None, save_steps=2)
+    whole = tune(lm, data, **how, **quiet)
+    with pytest.raises(Stop): tune(lm, data, out=tmp_path/'run', progress=stop_at(5), **how)
+    assert [p.name for p in (tmp_path/'run').glob('checkpoint-*')] == ['checkpoint-4']
+    seen = []
+    again = tune(lm, data, out=tmp_path/'run', progress=seen.append, **how)
+    assert seen[0]['step'] == 5
+    assert close(state(again), state(whole))
+    a, b = whole.provenance['steps'][-1], again.provenance['steps'][-1]
+    assert all(a[k] == b[k] for k in ('steps', 'tokens', 'trained_tokens', 'rows', 'data', 'lora'))
+    assert training_log(again).loss.tolist() == pytest.approx(training_log(whole).loss.tolist(), rel=1e-4)
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['done.json', 'model', 'tune.json']
+
+def test_finished_run_is_not_redone(lm, data, tmp_path):
+    how = dict(epochs=1, batch_size=8, out=tmp_path/'run')
+    one = tune(lm, data, **how, **quiet)
+    two = tune(lm, data, **how, progress=lambda row: pytest.fail('it trained again'))
+    assert close(state(one), state(two)) and one.provenance == two.provenance and one.name == two.name and two.kept == one.kept
+    with pytest.raises(ValueError, match='holds another run .*lr was 0.0002 and is now 0.1.*resume=False'): tune(lm, data, lr=.1, **how, **quiet)
+    with pytest.raises(ValueError, match='holds another run .*data was'): tune(lm, data.select(range(9)), **how, **quiet)
+    three = tune(lm, data, lr=.1, resume=False, **how, **quiet)
+    assert three.provenance['steps'][-1]['lr'] == .1
+
+def test_half_a_checkpoint_is_none(lm, data, tmp_path):
+    "What a kill leaves between two files is not taken for a checkpoint"
+    how = dict(epochs=2, batch_size=8, save_steps=2, out=tmp_path/'run')
+    with pytest.raises(Stop): tune(lm, data, progress=stop_at(3), **how)
+    (tmp_path/'run'/'partial'/'checkpoint-4').mkdir(parents=True)
+    (tmp_path/'run'/'checkpoint-5').mkdir()
+    assert tune(lm, data, **how, **quiet).provenance['steps'][-1]['steps'] == 6
+
+def test_kill_9(tmp_path, data):
+    "Killed by the system in the middle, run again: the same model as an undisturbed run"
+    code = '''
+        import os, sys, signal
+        sys.path.insert(0, {tests!r})
+        import test_tune as t
+        from sdlab.recover.tune import tune
+        def show(row):
+            if {kill} and row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)
+        tune(t.small(), t.echo(), epochs=2, lr=1e-3, batch_size=8, save_steps=2, out={out!r}, progress=show)
+    '''
+    def go(kill): return subprocess.run([sys.executable, '-c', textwrap.dedent(code.format(tests=str(Path(__file__).parent), out=str(tmp_path/'run'), kill=kill))], capture_output=True, text=True, timeout=900)
+    assert go(True).returncode == -signal.SIGKILL
+    assert (tmp_path/'run'/'checkpoint-4').is_dir() and not (tmp_path/'run'/'model').exists()
+    again = tune(small(), data, epochs=2, lr=1e-3, batch_size=8, save_steps=2, out=tmp_path/'run', **quiet)
+    assert close(state(again), state(tune(small(), data, epochs=2, lr=1e-3, batch_size=8, save_steps=2, **quiet)), 1e-5)
+
+# ---- what is written down
+
+def test_provenance(lm, data, healed, tmp_path):
+    prov = healed.provenance
+    assert prov['teacher'] == lm.name and prov['teacher_fingerprint'] == lm.fingerprint and prov['kept'] == list(range(lm.n)) and prov['teacher_n'] == lm.n
+    info = prov['steps'][-1]
+    want = sum(sum(l >= 0 for l in r['labels'][1:]) for r in labelled(lm, data))
+    assert info['trained_tokens'] == 2*want and info['steps'] == 6 and info['rows'] == 24 and info['on'] == 'completion' and info['op'] == 'tune'
+    assert info['tokens'] == 2*sum(len(r['input_ids']) for r in labelled(lm, data))
+    json.dumps(prov)
+    healed.model.save_pretrained(tmp_path/'m'); healed.tokenizer.save_pretrained(tmp_path/'m')
+    assert load(tmp_path/'m').provenance == prov
+    twice = tune(healed, data, on='reference', epochs=1, **quiet)
+    assert [s['on'] for s in twice.provenance['steps']] == ['completion', 'reference'] and twice.provenance['teacher_fingerprint'] == lm.fingerprint
+
+def test_after_a_cut(lm, data):
+    from sdlab.core.plan import Plan
+    from sdlab.compress.depth import prune, without
+    cut = prune(lm, Plan(lm.n, (2, 3)))
+    new = tune(cut, data, epochs=1, **quiet)
+    assert new.kept == cut.kept and new.teacher_n == lm.n and [s['op'] for s in new.provenance['steps']] == ['prune', 'tune']
+    before = state(lm)
+    tune(without(lm, Plan(lm.n, (2, 3))), data, epochs=1, lr=1e-2, **quiet)              # a view shares its tensors with the teacher
+    assert same(state(lm), before)
+
+# ---- what is refused
+
+def test_refusals(lm, data, tmp_path):
+    with pytest.raises(ValueError, match='No rows'): tune(lm, [], **quiet)
+    with pytest.raises(ValueError, match="no column 'reference'.*prompt, completion"): tune(lm, data.remove_columns('reference'), on='reference', **quiet)
+    with pytest.raises(ValueError, match="no column 'reference'"): tune(lm, ['abc'], on='reference', **quiet)
+    with pytest.raises(ValueError, match='vocabulary of'): tune(LM(families.tiny('Llama', vocab_size=20), lm.tokenizer), data, **quiet)
+    with pytest.raises(TypeError, match='did you mean weight_decay'): tune(lm, data, weight_decey=1., **quiet)
+    with pytest.raises(TypeError, match='called batch_size here'): tune(lm, data, per_device_train_batch_size=1, **quiet)
+    (tmp_path/'other').mkdir(); (tmp_path/'other'/'thesis.txt').write_text('x')
+    with pytest.raises(ValueError, match='no run of tune'): tune(lm, data, out=tmp_path/'other', **quiet)
+    with pytest.raises(ValueError, match='no run of tune'): tune(lm, data, out=tmp_path/'other', resume=False, **quiet)
+    assert (tmp_path/'other'/'thesis.txt').exists()
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(OSError, match='cannot be written to'): tune(lm, data, out=tmp_path/'file'/'run', **quiet)
+
+def test_long_rows_are_counted(lm):
+    long = [dict(prompt='q'*200, completion='a'), dict(prompt='q', completion='a')]
+    with pytest.warns(UserWarning, match='1 of 2 rows were longer') as w: ds = labelled(lm, long)
+    assert any('1 of 2 rows had no token to learn' in str(o.message) for o in w) and len(ds) == 1
+
+def test_nan_stops_before_the_weights(lm, data, tmp_path):
+    "The gradient of step 3 is spoilt: the checkpoint of step 2 is there and whole, and the sentence names both"
+    import sdlab.recover.tune as T
+    real, n = T._Quiet.compute_loss, []
+    def spoil(self, *args, **kwargs):
+        n.append(1)
+        return real(self, *args, **kwargs)*(math.nan if len(n) == 3 else 1.)
+    T._Quiet.compute_loss = spoil
+    try:
+        with pytest.raises(ValueError, match='NaN or infinite at step 3.*checkpoint of step 2 is kept'): tune(lm, data, batch_size=8, save_steps=2, out=tmp_path/'run', **quiet)
+    finally: T._Quiet.compute_loss = real
+    from safetensors.torch import load_file
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path/'run'/'checkpoint-2'/'model.safetensors').values())
+    tune(lm, data, batch_size=8, save_steps=2, out=tmp_path/'run', **quiet)
+
+def test_full_disk(lm, data, tmp_path, monkeypatch):
+    "While a checkpoint is written: one sentence, the one before it is kept, and the run can go on. Before: refused at once"
+    real, n = torch.save, []
+    def full(*args, **kwargs):
+        n.append(1)
+        if len(n) > 4: raise OSError(28, 'No space left on device')
+        return real(*args, **kwargs)
+    how = dict(epochs=3, batch_size=8, save_steps=2, out=tmp_path/'run')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='checkpoint of step 4 could not be written .*No space left.*from step 2'): tune(lm, data, **how, **quiet)
+    monkeypatch.setattr(torch, 'save', real)
+    assert not (tmp_path/'run'/'partial').exists()
+    assert close(state(tune(lm, data, **how, **quiet)), state(tune(lm, data, epochs=3, batch_size=8, **quiet)))
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match='has room for 0 MiB'): tune(lm, data, out=tmp_path/'new', **quiet)
+
+def test_half_precision_on_the_cpu(data):
+    "bfloat16 weights are trained in float32 and given back as they came"
+    lm = small()
+    lm.model.bfloat16()
+    new = tune(lm, data, max_steps=2, lr=1e-2, **quiet)
+    assert new.dtype == torch.bfloat16 == lm.dtype and not same(state(new), state(lm))
+
+@pytest.mark.gpu
+def test_on_a_gpu(data):
+    lm = small()
+    lm.model.cuda()
+    new = tune(lm, data, epochs=1, **quiet)
+    assert new.device.type == 'cuda'
