@@ -44,8 +44,11 @@ class Tally:
     m2:torch.Tensor=field(default_factory=lambda: torch.zeros(()))   # Sum of squared deviations from it, same shape
 
     @classmethod
-    def of(cls, x):
-        "The tally of `x`, one value (of any shape) per text, shape (B, ...)"
+    def of(
+        cls,
+        x:torch.Tensor, # One value per text, of any shape: (B, ...)
+    )->'Tally':
+        "The tally of one batch"
         x = wide(x).cpu()
         return cls(len(x), x.mean(0), (x-x.mean(0)).square().sum(0))
 
@@ -71,10 +74,25 @@ class Meter:
     "Sees the stream of each batch pass and keeps a tally over texts"
     logits = False                           # Does it ask for logits? Then the whole model runs, head included
     def __init__(self): self.tally = Tally()
-    def start(self, lm, batch): pass
-    def see(self, l, h, batch): pass
-    def end(self, batch, logits=None): pass
-    def result(self): return self.tally
+    def start(
+        self,
+        lm,    # The model, an `LM`
+        batch, # `input_ids`, `attention_mask`, `position_ids`, shape (B, T), and `row`, the numbers of the texts, shape (B,)
+    ): "A batch begins: forget the last one"
+    def see(
+        self,
+        l,     # Layer, 0..L, in order
+        h,     # The stream there, shape (B, T, d); must not be changed
+        batch, # The batch
+    ): "The stream passes: keep a reference or a reduction"
+    def end(
+        self,
+        batch,       # The batch
+        logits=None, # Shape (B, T, V), if the class says `logits = True`
+    ): "The batch is over: reduce it to one value per text"
+    def result(self):
+        "What `scan` gives back"
+        return self.tally
     def _settings(self): return {k:v for k,v in vars(self).items() if k!='tally' and not k.startswith('_')}
     def __add__(self, other):
         if type(self) is not type(other) or self._settings()!=other._settings():
