@@ -53,11 +53,12 @@ def curve(
 def _bars(labels, values, ax=None, err=None, colors=None, names=None, legend=False, **kwargs):
     "The drawing behind `bars`; `names` of the series of `values`, shape (s, n)"
     s,n = values.shape
-    ax,width = _axes(ax, w=max(3.5, .3*s*n+1.5)),.8/s
+    ax,width = _axes(ax, w=max(3.5, .3*s*n+1.5)+1.5*legend),.8/s
     for i,v in enumerate(values):
         c = colors if s==1 else colors[i]
         ax.bar(np.arange(n)+(i-(s-1)/2)*width, v, width, yerr=None if err is None else err[i], color=c, label=names[i], capsize=2)
-    ax.set_xticks(range(n), labels, rotation=0 if max(map(len, map(str, labels)), default=0)*n<60 else 30)
+    long = sum(len(str(o))+2 for o in labels)>12*ax.get_position().width*ax.figure.get_figwidth()
+    ax.set_xticks(range(n), labels, **(dict(rotation=30, ha='right') if long else {}))
     if legend: ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     ax.axhline(0, color='k', lw=.8)
     ax.set(**kwargs)
