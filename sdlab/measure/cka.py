@@ -18,13 +18,14 @@ def centred_gram(
     unbiased=True,  # Song's centring without the diagonal, or the plain one
 )->torch.Tensor:    # Shape (A, n*n), float32 or the dtype of `x` if that is wider: one row per layer
     "The centred matrix of inner products of each layer, flattened"
-    n = x.shape[1]
-    x = (wide(x)-wide(x).mean(1, keepdim=True)).to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    n,x = x.shape[1],x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x-x.mean(1, keepdim=True)
+    if not unbiased: x = x-x.mean(1, keepdim=True)                   # the first mean was rounded
     k = x@x.mT
     if unbiased:
         k.diagonal(dim1=-2, dim2=-1).zero_()
         r = k.sum(-1)/(n-2)
-        k = k-r[...,None]-r[...,None,:]+(r.sum(-1)/(n-1))[...,None,None]
+        k.sub_(r[...,None]).sub_((r-r.sum(-1, keepdim=True)/(n-1))[...,None,:])
         k.diagonal(dim1=-2, dim2=-1).zero_()
     return k.flatten(1)
 
@@ -51,7 +52,7 @@ def hsic(
     "All layers of one model against all of the other: one matrix product"
     c = n*(n-3) if unbiased else (n-1)**2
     k,l = wide(k),wide(l)
-    xy,xx,yy = k@l.to(k.device).T, k.square().sum(-1), l.square().sum(-1)
+    xy,xx,yy = k@l.to(k.device).T, torch.linalg.vecdot(k, k), torch.linalg.vecdot(l, l)
     return Hsic(*(o.cpu()/c for o in (xy,xx,yy)), (n,))
 
 # %% ../../nbs/measure/12_cka.ipynb #c008

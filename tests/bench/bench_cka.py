@@ -14,9 +14,9 @@ def tokenizer():
     "Words w0, w1, ...: one token each"
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    t = Tokenizer(models.WordLevel({'<pad>': 0, **{f'w{i}': i for i in range(1, VOCAB)}}, unk_token='w1'))
+    t = Tokenizer(models.WordLevel({'<pad>': 0, '<unk>': 1, **{f'w{i}': i for i in range(2, VOCAB)}}, unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='w1')
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='<unk>')
 
 def bare(lms, texts, size=32):
     "The two passes, on the same texts in batches of the same size"
@@ -71,7 +71,7 @@ def against(name, how, x, y):
 def rows():
     lms = [LM(random_llama(seed=s), tokenizer(), f'random {s}') for s in (0, 1)]
     g = torch.Generator().manual_seed(0)
-    texts = [' '.join(f'w{i}' for i in torch.randint(1, VOCAB, (T,), generator=g)) for _ in range(N)]
+    texts = [' '.join(f'w{i}' for i in torch.randint(2, VOCAB, (T,), generator=g)) for _ in range(N)]
     t = paired(lambda: cka(*lms, texts), lambda: bare(lms, texts), n=5)
     x, y = (torch.randn(lms[0].n+1, N, lms[0].d, generator=g) for _ in range(2))
     e = paired(lambda: ours(x, y), lambda: bare(lms[:1], texts[:32]), n=5)
