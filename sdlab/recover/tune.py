@@ -92,7 +92,8 @@ def _blind(
 ):          # Is its stream at real tokens the same without the mask?
     "Does what stands on the right of a token not matter to it?"
     ends = batch['attention_mask'].sum(-1)
-    ids,mask = (batch[k][[ends.argmin(), ends.argmax()]].to(model.device) for k in ('input_ids','attention_mask'))
+    two = torch.stack([ends.argmin(), ends.argmax()])
+    ids,mask = (batch[k][two].to(model.device) for k in ('input_ids','attention_mask'))
     with _still(model): a,b = (model.base_model(input_ids=ids, use_cache=False, **o).last_hidden_state[mask.bool()].float() for o in (dict(attention_mask=mask), {}))
     return bool((a-b).abs().max()<=(1e-4 if model.dtype==torch.float32 else .05)*a.abs().max())
 
