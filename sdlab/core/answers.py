@@ -91,7 +91,7 @@ class Task:
     "A set of questions and the way in which answers to them are judged"
     name:str               # What tables and pictures call it
     rows:object            # `Dataset` (or anything that `core.data.rows` reads) with the columns that `metric` needs
-    metric:str='exact'     # 'exact' (prompt, completion), 'choice' or 'choice_norm' (prompt, choices, answer), 'perplexity' (text)
+    metric:str='exact'     # 'exact' (prompt, completion), 'choice' or 'choice_norm' (prompt, choices, answer), 'perplexity' (text; or prompt, completion)
     rule:object='final'    # How 'exact' compares, see `agree`
     max_new_tokens:int=96  # Longest answer of 'exact', in tokens
     def __post_init__(self):
@@ -100,8 +100,13 @@ class Task:
         if not hasattr(self.rows, 'column_names'): object.__setattr__(self, 'rows', read_rows(self.rows))
         if not len(self.rows): raise ValueError(f'The task {self.name!r} has no items.')
         self._need()
+    @property
+    def needs(self):
+        "Columns that the metric reads: a question without a `text` has the perplexity of its answer"
+        asked = self.metric=='perplexity' and 'text' not in self.rows.column_names and 'completion' in self.rows.column_names
+        return _NEEDS['exact' if asked else self.metric]
     def _need(self):
-        gone = [c for c in _NEEDS[self.metric] if c not in self.rows.column_names]
+        gone = [c for c in self.needs if c not in self.rows.column_names]
         if gone: raise ValueError(f'The task {self.name!r} lacks {" and ".join(gone)} for {self.metric}; it has {", ".join(self.rows.column_names)}.')
         bad = sum(map(_bad_choice, self.rows)) if 'choices' in _NEEDS[self.metric] else 0
         if bad: raise ValueError(f'{bad} items of {self.name!r} have an `answer` that is no index into `choices`.')
@@ -130,11 +135,11 @@ class Task:
         top=10,  # Show this many answers
     ):
         "The commonest right answers, or the lengths of the texts"
-        if self.metric=='perplexity': got = Counter(f'{len(t.split())//50*50}+' for t in self.rows['text']); by='words'
+        if self.metric=='perplexity': got = Counter(f'{len(t.split())//50*50}+' for t in self.rows[self.needs[-1]]); by='words'
         else: got,by = self.answers(), 'right answer'
         keys,vals = zip(*got.most_common(top))
         return bars(keys, [100*v/len(self) for v in vals], ax=ax, title=f'{self.name} (n={len(self)})', xlabel=by, ylabel='% of items')
     def __repr__(self): return f'Task({self.name!r}, {len(self)} items, {self.metric}, {"higher" if self.higher_is_better else "lower"} is better)'
     def _repr_markdown_(self):
-        first = '<br>'.join(f'*{html.escape(k)}*: {html.escape(str(self.rows[0][k]))[:300]}' for k in _NEEDS[self.metric])
+        first = '<br>'.join(f'*{html.escape(k)}*: {html.escape(str(self.rows[0][k]))[:300]}' for k in self.needs)
         return f'**{html.escape(self.name)}**: {len(self)} items, {self.metric}, {"higher" if self.higher_is_better else "lower"} is better\n\n{first}'.replace('\n#', '\n\\#')

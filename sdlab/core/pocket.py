@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['VOICES', 'TASKS', 'SIDES', 'REWRITE', 'PEOPLE', 'THINGS', 'GAINS', 'LOSSES', 'BOXES', 'ASKS', 'VALUES', 'WORLD',
            'SCALES', 'ANIMALS', 'PETS', 'PLACES', 'FINDS', 'MOODS', 'LOOKS', 'say', 'items', 'pocket_rows',
-           'rewrite_rows', 'pocket_tasks', 'pocket_assets']
+           'rewrite_rows', 'pocket_tasks', 'pocket_calibration', 'pocket_assets']
 
 # %% ../../nbs/core/05_pocket.ipynb #c002
 import hashlib, random
 from importlib import resources
+from .answers import Task
 
 # %% ../../nbs/core/05_pocket.ipynb #c005
 VOICES = (0, 1, 2, 3)  # Distance from the teacher's own voice: 0 its own, 1 other words, 2 symbols read out, 3 another order of presentation
@@ -25,14 +26,14 @@ LOSSES = ('{p} gives {b} to {q}.', '{p} loses {b} {t}.', '{p} sells {b} of them.
 BOXES = ('{p} gets {k} bags of {m} {t}.', '{p} buys {k} boxes with {m} {t} each.')
 
 def _event(r, total): # -> (kind, amount, k, m): one thing that happens to somebody who has `total`
-    if r.random() < .25 and total < 70:
-        k,m = r.randint(2, 5),r.randint(2, 6)
+    if r.random() < .25 and total <= 40:
+        k,m = r.randint(2, 4),r.randint(2, 5)
         return '*',k*m,k,m
-    return ('-', r.randint(1, total-1), 0, 0) if total > 60 or (total > 5 and r.random() < .5) else ('+', r.randint(2, 30), 0, 0)
+    return ('-', r.randint(1, total-1), 0, 0) if total > 40 or (total > 5 and r.random() < .5) else ('+', r.randint(2, 20), 0, 0)
 
 def _sums_item(r):
     p,q = r.sample(PEOPLE, 2)
-    t,start = r.choice(THINGS),r.randint(3, 50)
+    t,start = r.choice(THINGS),r.randint(3, 30)
     total,events,text = start,[],[f'{p} has {start} {t}.']
     for _ in range(r.randint(2, 3)):
         kind,b,k,m = _event(r, total)
@@ -98,10 +99,10 @@ def _choice_say(item, voice): return ('{answer}.', '{answer} it is.', '{answer} 
 SCALES = (('taller','shorter','tallest','shortest'), ('older','younger','oldest','youngest'), ('faster','slower','fastest','slowest'))
 
 def _order_item(r):
-    chain,scale,top = r.sample(PEOPLE, 4),r.choice(SCALES),r.random() < .5   # chain: from most to least
-    pairs = r.sample(list(zip(chain, chain[1:])), 3)
+    chain,scale,top = r.sample(PEOPLE, 3),r.choice(SCALES),r.random() < .5   # chain: from most to least
+    pairs = r.sample(list(zip(chain, chain[1:])), 2)
     clues = [f'{x} is {scale[0]} than {y}.' if r.random() < .5 else f'{y} is {scale[1]} than {x}.' for x,y in pairs]
-    return dict(prompt=' '.join([*clues, f'Who is the {scale[2 if top else 3]}?']), pairs=pairs, chain=chain, word=scale[2 if top else 3], answer=chain[0 if top else 3])
+    return dict(prompt=' '.join([*clues, f'Who is the {scale[2 if top else 3]}?']), pairs=pairs, chain=chain, word=scale[2 if top else 3], answer=chain[0 if top else -1])
 
 def _order_say(item, voice):
     pairs,chain,word,ans = item['pairs'],item['chain'],item['word'],item['answer']
@@ -200,6 +201,14 @@ def pocket_tasks(
     "The five tasks on which a student of the pocket teacher is judged"
     how = dict(facts=dict(max_new_tokens=24), choice=dict(metric='choice'), stories=dict(metric='perplexity'))
     return {t:Task(t, pocket_rows(t, sizes.get(t, n), split=split, seed=seed), **how.get(t, {})) for t in TASKS}
+
+def pocket_calibration(
+    n:int=64,   # Rows of each of the four tasks with answers
+    seed:int=0, # Seed of the draw
+):              # `Dataset` of `prompt` and `completion` in the teacher's voice, on the calibration side
+    "What the pocket teacher's stream is measured on: questions with its own kind of answer"
+    from datasets import concatenate_datasets
+    return concatenate_datasets([pocket_rows(t, n, split='calibration', seed=seed).select_columns(['prompt', 'completion']) for t in TASKS[:4]])
 
 def pocket_assets(): # `Traversable`: weights, tokenizer, card and training log of the pocket teacher
     "Where the pocket teacher lies inside the package"

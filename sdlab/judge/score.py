@@ -31,11 +31,11 @@ def _fit(lm, rs, keep):
 
 # %% ../../nbs/judge/50_score.ipynb #c009
 def _perplexity(lm, task, size):
-    "Items of a text task: how surprised the model is, per token"
-    rs = _fit(lm, [encode(lm.tokenizer, dict(text=t)) for t in task.rows['text']], 'start')
+    "Items of a text task, or of the answers to questions: how surprised the model is, per token"
+    rs = _fit(lm, [encode(lm.tokenizer, {k:r[k] for k in task.needs}) for r in task.rows], 'start')
     if short := [i for i,r in enumerate(rs) if not any(r['completion_mask'][1:])]: raise ValueError(f'Item {short[0]} of {task.name!r} has no token that could be predicted: drop texts of a single token.')
     nll,n = _surprise(lm, rs, size)
-    return dict(score=[math.exp(a/b) for a,b in zip(nll, n)], answer='', reference=task.rows['text'], nll=nll, tokens=n)
+    return dict(score=[math.exp(a/b) for a,b in zip(nll, n)], answer='', reference=task.rows[task.needs[-1]], nll=nll, tokens=n)
 
 # %% ../../nbs/judge/50_score.ipynb #c011
 def _option_rows(lm, task):
