@@ -51,9 +51,9 @@ def hsic(
 )->Hsic:
     "All layers of one model against all of the other: one matrix product"
     c = n*(n-3) if unbiased else (n-1)**2
-    k,l = wide(k),wide(l)
-    xy,xx,yy = k@l.to(k.device).T, torch.linalg.vecdot(k, k), torch.linalg.vecdot(l, l)
-    return Hsic(*(o.cpu()/c for o in (xy,xx,yy)), (n,))
+    k,l = (o.view(len(o), n, n).transpose(0, 1) for o in (k,l.to(k)))             # row by row of the Gram matrices: (n, A, n)
+    parts = k@l.mT, torch.linalg.vecdot(k, k), torch.linalg.vecdot(l, l)
+    return Hsic(*(wide(o).sum(0).cpu()/c for o in parts), (n,))                   # their sum in double precision
 
 # %% ../../nbs/measure/12_cka.ipynb #c008
 def linear_cka(
