@@ -72,5 +72,5 @@ def tokenizer(chat=False, pad=True):
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
     tok.decoder = decoders.Fuse()
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<bos>', eos_token='<eos>', unk_token='<unk>', **(dict(pad_token='<pad>') if pad else {}))
-    if chat: tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role']=='assistant' %}<eos>{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    if chat: tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role']=='assistant' %}<eos>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     return tok

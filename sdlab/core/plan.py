@@ -71,8 +71,10 @@ class Plan:
         return json.dumps(dict(n=self.n, drop=dict(block=list(self.drop)), why=self.why, evidence=self.evidence), default=_plain)
 
     @classmethod
-    def from_json(cls, s)->'Plan':
-        "The plan that `to_json` wrote (text, or the dictionary parsed from it)"
+    def from_json(cls,
+        s, # Text, or the dictionary parsed from it
+    )->'Plan':
+        "The plan that `to_json` wrote"
         try: d = json.loads(s) if isinstance(s, (str,bytes)) else dict(s); n,drop = d['n'],d['drop']; parts = set(drop)
         except (TypeError,KeyError,ValueError): raise ValueError('Not a plan: expected JSON like {"n": 12, "drop": {"block": [4, 5]}}') from None
         if parts-{'block'} or not isinstance(drop, dict): raise ValueError(f'This plan drops {sorted(map(str, parts))}; this version of sdlab can drop whole blocks only')

@@ -1,0 +1,205 @@
+"""Every family of causal language models: found, measured, cut, saved, reloaded in a process that has never seen sdlab."""
+import copy, hashlib, json, subprocess, sys
+import pytest, torch
+from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, loud, tiny, tokenizer
+from sdlab.compress.depth import prune, without
+from sdlab.core.data import batches, decode
+from sdlab.core.model import LM, generate
+from sdlab.core.plan import Plan
+from sdlab.measure.importance import distances
+
+CUTS = {'middle': (2, 3), 'first': (0,), 'scattered': (1, 4)}
+PROMPTS = ['Ann has 12 pens', 'the', 'One day a small dog']   # of different lengths, two of them longer than the window
+IDS = torch.randint(3, VOCAB, (2, 14), generator=torch.Generator().manual_seed(1))
+NEW = 7
+STOPS = list(range(2, VOCAB, 7))   # so many that some rows end early
+
+SERVER = '''
+import json, sys, warnings; warnings.filterwarnings('ignore')
+import torch, transformers
+from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity_error(); torch.set_grad_enabled(False)
+print('ready', flush=True)
+for line in sys.stdin:
+    r = json.loads(line)
+    model, info = AutoModelForCausalLM.from_pretrained(r['path'], output_loading_info=True)
+    ids, out = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    print(json.dumps(dict(logits=model.eval()(torch.tensor(r['ids'])).logits.tolist(), tied=ids is out, odd=[*info['missing_keys'], *info['unexpected_keys']],
+                          sdlab=[m for m in sys.modules if m.split('.')[0]=='sdlab'])), flush=True)
+'''
+
+
+@pytest.fixture(scope='session')
+def bare(tmp_path_factory):
+    "A process with transformers and nothing of ours: reloads a checkpoint and says what it computes"
+    p = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path_factory.mktemp('elsewhere'))
+    def ask(path):
+        p.stdin.write(json.dumps(dict(path=str(path), ids=IDS.tolist())) + '\n')
+        p.stdin.flush()
+        for line in p.stdout:
+            if line.startswith('{'): return json.loads(line)
+        raise RuntimeError('the bare process ended')
+    yield ask
+    p.stdin.close()
+    p.wait(20)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad(): yield
+
+
+def logits(lm): return lm.model(input_ids=IDS).logits
+
+
+def state(lm):
+    "Hash of config, weights, buffers and training flags"
+    h = hashlib.sha256(lm.config.to_json_string().encode())
+    for k, t in [*lm.model.named_parameters(), *lm.model.named_buffers()]: h.update(k.encode() + t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for k, m in lm.model.named_modules(): h.update(f'{k}{m.training}{len(m._forward_hooks)}{len(m._forward_pre_hooks)}'.encode())
+    return h.hexdigest()
+
+
+def tensors(lm): return {id(t): t for t in [*lm.model.parameters(), *lm.model.buffers()] if t.numel()}.values()
+
+
+def pointers(lm): return {t.data_ptr() for t in tensors(lm)}
+
+
+def greedy(lm, cache):
+    "What Hugging Face's own generate writes after a left-padded batch"
+    enc = [lm.tokenizer(p).input_ids for p in PROMPTS]
+    T = max(map(len, enc))
+    ids, mask = (torch.tensor([[f]*(T-len(e)) + g for e, g in zip(enc, gs)]) for f, gs in ((0, enc), (0, [[1]*len(e) for e in enc])))
+    return lm.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cache, pad_token_id=0)[:, T:].tolist()
+
+
+def alone(lm):
+    "The same one prompt at a time, so without padding"
+    return [lm.model.generate(torch.tensor([lm.tokenizer(p).input_ids]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, -NEW:].tolist() for p in PROMPTS]
+
+
+def until_stop(lm):
+    out = []
+    for p in PROMPTS:
+        ids = torch.tensor([lm.tokenizer(p).input_ids])
+        new = lm.model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=sorted(lm.stops))[0, ids.shape[1]:].tolist()
+        out.append(new[:next((i for i, t in enumerate(new) if t in lm.stops), NEW)])
+    return out
+
+
+def check(lm, plan, folder, bare):
+    "All that a cut has to keep"
+    before, was = state(lm), logits(lm)
+    view, cut = without(lm, plan), prune(lm, plan)
+    assert torch.equal(logits(view), logits(cut))                       # bit for bit
+    assert pointers(view) <= pointers(lm)                               # no memory of its own
+    assert not pointers(cut) & pointers(lm)                             # all of it its own
+    assert all(t.untyped_storage().nbytes()==t.numel()*t.element_size() for t in tensors(cut))
+    assert (lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight) == (cut.model.get_input_embeddings().weight is cut.model.get_output_embeddings().weight)
+    assert cut.kept==view.kept==plan.keep and cut.n==len(plan.keep)==cut.config.get_text_config().num_hidden_layers
+    one = alone(cut)
+    assert greedy(cut, True) == greedy(cut, False) == greedy(view, True) == one
+    cut.model.generation_config.eos_token_id = STOPS
+    assert generate(cut, PROMPTS, NEW) == [decode(cut.tokenizer, o) for o in until_stop(cut)]   # our own loop: padded, rows leave it
+    with torch.no_grad():
+        for p in cut.model.parameters(): p.add_(0.)                     # it may be written to
+    got = bare(cut.save(folder))
+    assert not got['odd'] and not got['sdlab']
+    assert got['tied'] == (cut.model.get_input_embeddings().weight is cut.model.get_output_embeddings().weight)
+    torch.testing.assert_close(torch.tensor(got['logits']), logits(cut), rtol=0, atol=1e-5)
+    assert state(lm)==before and torch.equal(logits(lm), was)           # the teacher did not notice
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_family(name, tmp_path, bare):
+    lm = LM(tiny(name), tokenizer(), name)
+    assert lm.n==L and lm.d==32 and lm.vocab==VOCAB
+    before = state(lm)
+    sc = distances(lm, batches(lm, PROMPTS, size=3))                    # every span
+    assert len(sc.frame())==L*(L+1)//2 and sc.frame()['value'].between(0, 1).all()
+    assert state(lm)==before
+    none = prune(lm, Plan(L, ()))
+    assert torch.equal(logits(none), logits(lm)) and torch.equal(logits(without(lm, Plan(L, ()))), logits(lm))
+    for cut, drop in CUTS.items():
+        assert (logits(without(lm, Plan(L, drop)))-logits(lm)).abs().max() > .1    # the cut can be seen at all
+        check(lm, Plan(L, drop), tmp_path/cut, bare)
+
+
+@pytest.mark.parametrize('name', ['Llama', 'Qwen3', 'Gemma3', 'SmolLM3', 'Qwen3-MoE'])
+def test_two_cuts_are_one(name):
+    lm = LM(tiny(name), tokenizer(), name)
+    twice, once = prune(prune(lm, Plan(6, (1,))), Plan(5, (2, 3))), prune(lm, Plan(6, (1, 3, 4)))
+    assert twice.kept==once.kept==(0, 2, 5) and twice.teacher_n==6
+    assert torch.equal(logits(twice), logits(once))
+    assert [s['plan']['drop']['block'] for s in twice.provenance['steps']]==[[1], [2, 3]]
+    assert twice.provenance['teacher_fingerprint']==lm.fingerprint and twice.name==f'{name} without 1, 3–4'
+
+
+# Rules on the index of a block, which no list in the config shows -----------------------------------------------------
+RULES = {
+    'every second block a mixture': (('qwen3_moe', dict(HEAD, decoder_sparse_step=2, **MLP_ONLY)), (2, 3), {(0,): 'block 1 ', (1, 4): 'block 2 '}),
+    'attention scaled by the index': (('gpt2', FAMILIES['GPT-2'][1] | dict(scale_attn_by_inverse_layer_idx=True)), (5,), {(0,): 'block 1 ', (2, 3): 'block 4 '}),
+}
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_rule_on_the_index(rule, tmp_path, bare):
+    "What the config can still say is cut; what it cannot is refused, and the block is named"
+    family, fits, refused = RULES[rule]
+    lm = LM(tiny(family), tokenizer(), 'tiny')
+    before = state(lm)
+    check(lm, Plan(L, fits), tmp_path/'cut', bare)
+    for drop, block in refused.items():
+        with pytest.raises(ValueError, match=f'tiny cannot be cut like this: {block}'): prune(lm, Plan(L, drop))
+    assert state(lm)==before
+
+
+# Not a plain stack of attention blocks --------------------------------------------------------------------------------
+SSM = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=L, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MAMBAS = ['linear_attention', 'linear_attention', 'hybrid', 'linear_attention', 'hybrid', 'linear_attention']
+ODD = {
+    'Jamba': ('jamba', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+                            num_experts=2, mamba_d_state=4)),
+    'Mamba': ('mamba', dict(SSM, state_size=4)),
+    'Mamba2': ('mamba2', dict(SSM, state_size=4, num_heads=8, head_dim=8, n_groups=2, chunk_size=8)),
+    'Bamba': ('bamba', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, attn_layer_indices=[1, 4], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2, mamba_chunk_size=8)),
+    'Falcon-H1': ('falcon_h1', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2, mamba_chunk_size=8)),
+    'Zamba': ('zamba', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=4, layers_block_type=MAMBAS)),
+    'Zamba2': ('zamba2', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, mamba_d_state=4, mamba_ngroups=1, mamba_headdim=8, n_mamba_heads=8, layers_block_type=MAMBAS, chunk_size=8, num_mem_blocks=1, use_shared_attention_adapter=False)),
+    'RecurrentGemma': ('recurrent_gemma', dict(SSM, intermediate_size=96, num_attention_heads=4, num_key_value_heads=1, lru_width=32, attention_window_size=WINDOW)),
+    'LFM2': ('lfm2', dict(SSM, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, layer_types=['conv', 'full_attention', 'conv', 'conv', 'full_attention', 'conv'])),
+    'Qwen3-Next': ('qwen3_next', dict(HEAD, layer_types=['linear_attention', 'linear_attention', 'full_attention']*2, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+                                      shared_expert_intermediate_size=24, **MLP_ONLY)),
+    'Granite-4': ('granitemoehybrid', dict(SSM, intermediate_size=48, shared_intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_local_experts=0, num_experts_per_tok=0, layer_types=['mamba', 'attention', 'mamba']*2,
+                                           mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=8)),
+    'GPT-OSS': ('gpt_oss', dict(HEAD, layer_types=[SLIDE, 'full_attention']*3, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)),
+    'RWKV': ('rwkv', dict(SSM, attention_hidden_size=32)),
+}
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_odd_stack(name, tmp_path, bare):
+    "A hybrid works, cut and saved and reloaded, or says in one sentence why not"
+    for drop in ((2, 3), (0,)):
+        try:
+            lm = LM(tiny(ODD[name]), tokenizer(), name)
+            plan = Plan(lm.n, drop)
+            cut = prune(lm, plan)
+        except ValueError as e:
+            assert '\n' not in str(e) and len(str(e)) < 500
+            print(f'{name} {drop}: {e}')
+            continue
+        assert torch.equal(logits(cut), logits(without(lm, plan)))
+        got = bare(cut.save(tmp_path/str(drop[0])))
+        assert not got['odd']
+        torch.testing.assert_close(torch.tensor(got['logits']), logits(cut), rtol=0, atol=1e-4)
+        assert len(generate(cut, PROMPTS, NEW))==3
+
+
+def test_two_stacks_are_refused():
+    from transformers import AutoModelForSeq2SeqLM
+    kinds = dict(t5=dict(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2), bart=dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
+    for kind, kw in kinds.items():
+        model = AutoModelForSeq2SeqLM.from_config(config((kind, dict(vocab_size=VOCAB, **kw))))
+        with pytest.raises(ValueError, match='is an encoder-decoder with two stacks'): LM(model, tokenizer())
