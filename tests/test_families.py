@@ -101,7 +101,8 @@ def check(lm, plan, folder, bare):
     one = alone(cut)
     assert greedy(cut, True) == greedy(cut, False) == greedy(view, True) == one
     cut.model.generation_config.eos_token_id = STOPS
-    assert generate(cut, PROMPTS, NEW) == [decode(cut.tokenizer, o) for o in until_stop(cut)]   # our own loop: padded, rows leave it
+    written = [decode(cut.tokenizer, o) for o in until_stop(cut)]
+    assert all(generate(cut, PROMPTS, NEW, batch_size=n)==written for n in (2, 8))   # our own loop: padded, rows leave and join
     with torch.no_grad():
         for p in cut.model.parameters(): p.add_(0.)                     # it may be written to
     got = bare(cut.save(folder))

@@ -221,68 +221,98 @@ def _pick(
     return ids.gather(-1, at[:,None])[:,0]
 
 # %% ../../nbs/core/03_model.ipynb #c031
-def _forward(
+def _cache(
     model, # Causal language model
-    **kw   # What one would like to give it
-)->torch.Tensor: # Logits of the last position, shape (B, vocab)
-    "The model's `forward` with those of the arguments that it knows"
-    known = inspect.signature(model.forward).parameters
-    return model(**{k:v for k,v in kw.items() if k in known}, use_cache=True).logits[:,-1]
+):         # An empty cache, or None
+    "A cache whose rows can be taken out and joined; None where the model keeps more than keys and values"
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer,DynamicSlidingWindowLayer
+    if 'past_key_values' not in inspect.signature(model.forward).parameters: return None
+    try: cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    except Exception: return None
+    return cache if cache.layers and all(type(o) in (DynamicLayer,DynamicSlidingWindowLayer) for o in cache.layers) else None
 
+def _fit(
+    layer, # Layer of a cache
+    T,     # Columns wanted
+):
+    "`layer` with `T` columns, as if there had been that much padding on the left"
+    t = min(T, layer.sliding_window-1) if layer.is_sliding else T
+    layer.keys,layer.values = (nn.functional.pad(o, (0,0,t-o.shape[-2],0)) for o in (layer.keys, layer.values))
+    if layer.is_sliding: layer.cumulative_length = T
+
+class _Rows:
+    "Rows on their way: which ones, next token of each (B, 1), mask (B, T), position (B, 1), keys and values"
+    def __init__(self, live, x, mask, pos, cache): self.live,self.x,self.mask,self.pos,self.cache = live,x,mask,pos,cache
+
+    def keep(self, stay):
+        "Only the rows at the places `stay`"
+        if len(stay)==len(self.live): return self
+        at = torch.tensor(stay, dtype=torch.long, device=self.mask.device)
+        if stay: self.cache.batch_select_indices(at)
+        return _Rows([self.live[k] for k in stay], self.x[at], self.mask[at], self.pos[at], self.cache)
+
+    def join(self, o):
+        "These and those of `o` as one batch, as narrow as can be"
+        if not self.live or not o.live: return self if self.live else o
+        T = max(int(m.any(0).sum()) for m in (self.mask, o.mask))
+        for a,b in zip(self.cache.layers, o.cache.layers):
+            _fit(a, T-1), _fit(b, T-1) # the next token is in the mask already, not yet in the cache
+            a.keys,a.values = torch.cat([a.keys, b.keys]),torch.cat([a.values, b.values])
+        mask = torch.cat([nn.functional.pad(m, (T-m.shape[1],0)) for m in (self.mask, o.mask)])
+        return _Rows(self.live+o.live, torch.cat([self.x, o.x]), mask, torch.cat([self.pos, o.pos]), self.cache)
+
+# %% ../../nbs/core/03_model.ipynb #c033
 def _finite(logits):
     "Raise rather than answer with noise"
     if not logits.amax(-1).isfinite().all(): raise ValueError('The model gives NaN or infinite logits: look for overflow (float16?) or broken weights before generating')
     return logits
 
-# %% ../../nbs/core/03_model.ipynb #c032
-def _cache(model):
-    "An empty cache whose rows can be taken out, or None where the model keeps more than keys and values"
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-    if 'past_key_values' not in inspect.signature(model.forward).parameters: return None
-    try: cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    except Exception: return None
-    return cache if all(isinstance(o, DynamicLayer) for o in cache.layers) else None
-
 def _decode(
     model, # Causal language model
-    b,     # Batch of `collate`, padded on the left, on the model's device
-    cache, # Of `_cache`
-    limit, # Tokens at most for each row, list of B ints
-    stops, # Ids that end an answer
-    pick,  # Function of (logits, rows, step) -> ids, shape (rows,)
-    done,  # Function of (row, ids), called when a row has ended
+    new,   # Function of a list of rows -> batch of `collate`, padded on the left, on the model's device
+    wait,  # Rows to answer, in the order in which they come in
+    size,  # Rows at once
+    pick,  # Function of (logits, rows) -> id of each
+    ended, # Function of (row, id) -> has it ended? Called once for each token
 ):
-    "Rows of a batch continued until each has ended; one that has leaves the batch"
-    x,mask,pos = b['input_ids'],b['attention_mask'],b['position_ids']
-    live,new,step = list(range(len(x))),[[] for _ in x],0
-    while True:
-        logits = _finite(_forward(model, input_ids=x, attention_mask=mask, position_ids=pos, past_key_values=cache, logits_to_keep=1))
-        ids,step,stay = pick(logits, live, step).to(x.device),step+1,[]
-        for k,(i,t) in enumerate(zip(live, ids.tolist())):
-            if t not in stops: new[i].append(t)
-            if t in stops or len(new[i])>=limit[i]: done(i, new[i])
-            else: stay.append(k)
-        if not stay: return
-        if len(stay)<len(live):
-            keep = torch.tensor(stay, device=x.device)
-            cache.batch_select_indices(keep)
-            live,ids,mask,pos = [live[k] for k in stay],ids[keep],mask[keep],pos[keep]
-        x,mask,pos = ids[:,None],torch.cat([mask, mask.new_ones(len(mask), 1)], -1),pos[:,-1:]+1
+    "Every row of `wait` continued until it has ended; one that has makes room for another"
+    known = inspect.signature(model.forward).parameters
+    def step(r):
+        kw = dict(input_ids=r.x, attention_mask=r.mask, position_ids=r.pos, past_key_values=r.cache, use_cache=True, logits_to_keep=1)
+        logits = _finite(model(**{k:v for k,v in kw.items() if k in known}).logits[:,-1])
+        ids = pick(logits, r.live).to(r.mask.device)
+        r = _Rows(r.live, ids[:,None], torch.cat([r.mask, r.mask.new_ones(len(ids), 1)], -1), r.pos[:,-1:]+1, r.cache)
+        return r.keep([k for k,(i,t) in enumerate(zip(r.live, ids.tolist())) if not ended(i, t)])
+    rows = _Rows([], None, None, None, None)
+    while wait or rows.live:
+        if wait and len(rows.live)<=size//2:
+            some,wait = wait[:size-len(rows.live)],wait[size-len(rows.live):]
+            b = new(some)
+            rows = rows.join(step(_Rows(some, b['input_ids'], b['attention_mask'], b['position_ids'], _cache(model))))
+        else: rows = step(rows)
 
-# %% ../../nbs/core/03_model.ipynb #c033
-def _decode_hf(model, b, limit, stops, seed, pad, how, done):
+# %% ../../nbs/core/03_model.ipynb #c034
+def _decode_hf(
+    model, # Causal language model
+    b,     # Batch of `collate`
+    n,     # Tokens at most
+    stops, # Ids that end an answer
+    pad,   # Id that fills what is behind it
+    seed,  # Of the sampling
+    how,   # temperature, top_p, top_k
+)->list:   # Ids of each row, the stop not among them
     "The same by the model's own `generate`, for models with other kinds of cache"
     how = dict(do_sample=True, **how) if how['temperature'] else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        got = model.generate(input_ids=b['input_ids'], attention_mask=b['attention_mask'], max_new_tokens=max(limit), eos_token_id=sorted(stops) or None, pad_token_id=pad, output_logits=True, return_dict_in_generate=True, **how)
+        got = model.generate(input_ids=b['input_ids'], attention_mask=b['attention_mask'], max_new_tokens=n, eos_token_id=sorted(stops) or None,
+                             pad_token_id=pad, output_logits=True, return_dict_in_generate=True, **how)
     for o in got.logits: _finite(o)
-    for i,row in enumerate(got.sequences[:,b['input_ids'].shape[1]:].tolist()):
-        row = row[:limit[i]]
-        done(i, row[:next((j for j,t in enumerate(row) if t in stops), len(row))])
+    rows = got.sequences[:,b['input_ids'].shape[1]:].tolist()
+    return [r[:next((j for j,t in enumerate(r) if t in stops), len(r))] for r in rows]
 
-# %% ../../nbs/core/03_model.ipynb #c034
+# %% ../../nbs/core/03_model.ipynb #c035
 def _asked(lm, prompts, prefill, max_new_tokens):
     "Ids of every prompt, and how many tokens each may be answered with, before anything is run"
     if isinstance(prompts, (str,dict)) or not hasattr(prompts, '__iter__'): raise TypeError('`prompts` must be a list of prompts; for a single one use `lm.reply(prompt)`')
@@ -303,7 +333,7 @@ def _uniforms(ids, limit, seed):
         seen[tuple(o)] += 1
     return us
 
-# %% ../../nbs/core/03_model.ipynb #c035
+# %% ../../nbs/core/03_model.ipynb #c036
 def generate(
     lm,                 # LM
     prompts,            # List of prompts, each a string or a conversation (list of {role, content})
@@ -319,24 +349,30 @@ def generate(
 )->list:                # Answers in the order of the prompts, as strings
     "Answers to many prompts: batched by length, each row until its end"
     from tqdm.auto import tqdm
-    tok,model,pick = lm.tokenizer,lm.model,dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    tok,model,stops,how = lm.tokenizer,lm.model,lm.stops,dict(temperature=temperature, top_p=top_p, top_k=top_k)
     ids,limit = _asked(lm, prompts, prefill, max_new_tokens)
     us = _uniforms(ids, limit, seed) if temperature else None
-    order,out = sorted(range(len(ids)), key=lambda i: -len(ids[i])),[None]*len(ids)
+    order,new,out = sorted(range(len(ids)), key=lambda i: -len(ids[i])),[[] for _ in ids],[None]*len(ids)
+    def batch(rows): return {k:v.to(lm.device) for k,v in collate(tok, [ids[i] for i in rows]).items()}
+    def pick(logits, rows): return _pick(logits, torch.stack([us[i][len(new[i])] for i in rows]).to(logits.device) if us else None, **how)
+    def done(i):
+        out[i] = decode(tok, new[i])
+        bar.update()
+        if on_batch: on_batch([(i, out[i])])
+    def ended(i, t):
+        if t not in stops: new[i].append(t)
+        if end := t in stops or len(new[i])>=limit[i]: done(i)
+        return end
     with _still(model), tqdm(total=len(ids), disable=not progress, desc='answers') as bar:
-        for a in range(0, len(order), batch_size):
-            rows = order[a:a+batch_size]
-            b,some = {k:v.to(lm.device) for k,v in collate(tok, [ids[i] for i in rows]).items()},[limit[i] for i in rows]
-            def done(k, new):
-                out[rows[k]] = decode(tok, new)
-                bar.update()
-                if on_batch: on_batch([(rows[k], out[rows[k]])])
-            def choose(logits, live, step): return _pick(logits, torch.stack([us[rows[k]][step] for k in live]).to(logits.device) if us else None, **pick)
-            if (cache := _cache(model)) is None: _decode_hf(model, b, some, lm.stops, seed, tok.pad_token_id, pick, done)
-            else: _decode(model, b, cache, some, lm.stops, choose, done)
+        if _cache(model) is not None: _decode(model, batch, order, batch_size, pick, ended)
+        else:
+            for some in (order[a:a+batch_size] for a in range(0, len(order), batch_size)):
+                for i,o in zip(some, _decode_hf(model, batch(some), max(limit[i] for i in some), stops, tok.pad_token_id, seed, how)):
+                    new[i] = o[:limit[i]]
+                    done(i)
     return out
 
-# %% ../../nbs/core/03_model.ipynb #c045
+# %% ../../nbs/core/03_model.ipynb #c046
 def _cell(v): return escape(f'{v:.4g}' if isinstance(v, float) else str(v)).replace('|', '&#124;').replace('`', '&#96;').replace('\n', ' ')
 
 def _markdown(
@@ -347,7 +383,7 @@ def _markdown(
     line = lambda cells: '| ' + ' | '.join(map(_cell, cells)) + ' |'
     return '\n'.join([line(df.columns), '|' + '---|'*len(df.columns), *map(line, df.itertuples(index=False))])
 
-# %% ../../nbs/core/03_model.ipynb #c046
+# %% ../../nbs/core/03_model.ipynb #c047
 def _step(s):
     "One step of the provenance in words"
     if s.get('op')=='prune': return f'dropped blocks {_runs(s["plan"]["drop"]["block"])} of {s["plan"]["n"]}' + (f' ({_cell(s["plan"]["why"])})' if s['plan'].get('why') else '')
@@ -366,11 +402,25 @@ def _card(
     if prov: about += ['', '## Provenance', '', '```json', json.dumps(prov, indent=1).replace('`', '\\u0060').replace('<', '\\u003c'), '```']
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [sdlab, depth-pruning]', '---', '', f'# {_cell(lm.name)}', '', *about, ''])
 
-# %% ../../nbs/core/03_model.ipynb #c047
+# %% ../../nbs/core/03_model.ipynb #c048
+@contextmanager
+def _silent(
+    on=True, # Or leave them
+):
+    "No progress bars of transformers inside"
+    from transformers.utils import logging
+    was = logging.is_progress_bar_enabled()
+    if on: logging.disable_progress_bar()
+    try: yield
+    finally:
+        if on and was: logging.enable_progress_bar()
+
 def _write(lm, path, table):
-    lm.model.save_pretrained(path)
-    lm.tokenizer.save_pretrained(path)
+    with _silent():
+        lm.model.save_pretrained(path)
+        lm.tokenizer.save_pretrained(path)
     (path/'README.md').write_text(_card(lm, table), encoding='utf-8')
+    for f in path.iterdir(): shutil.copymode(path/'README.md', f) # as readable as any file; weights come out readable by their owner only
 
 def _save(lm, path, table):
     "Write beside the target, then move: all or nothing"
@@ -399,7 +449,7 @@ def _push(lm, repo_id, table, private, token):
         except Exception as e: raise OSError(f'{lm.name} could not be pushed to {repo_id} ({type(e).__name__}: {_line(e)}); are you online, and logged in with `hf auth login`?') from e
     return f'https://huggingface.co/{repo_id}'
 
-# %% ../../nbs/core/03_model.ipynb #c049
+# %% ../../nbs/core/03_model.ipynb #c050
 def _here(
     path, # Where the model should be
 ):
@@ -417,7 +467,7 @@ def _intact(f):
     try: safe_open(f, 'pt').keys()
     except Exception as e: raise ValueError(f'{f} is corrupt or cut short ({_line(e)}); copy or download it again') from None
 
-# %% ../../nbs/core/03_model.ipynb #c050
+# %% ../../nbs/core/03_model.ipynb #c051
 def _source(
     id_or_path, # As for `load`
 )->tuple:       # (what `from_pretrained` takes, name)
@@ -439,7 +489,7 @@ def _tried(what, f, *args, **kwargs):
         if 'safetensors' in str(e): raise ValueError(f'{args[0]} has no weights as safetensors: pickled weights can run code when they are opened, convert them first') from e
         raise OSError(f'{what} of {args[0]} could not be loaded ({type(e).__name__}: {_line(e)})') from e
 
-# %% ../../nbs/core/03_model.ipynb #c051
+# %% ../../nbs/core/03_model.ipynb #c052
 def load(
     id_or_path=None,         # Directory or hub id (default: the pocket teacher that ships inside the package)
     dtype=None,              # torch dtype or its name (default: what the config says)
@@ -452,7 +502,8 @@ def load(
     from transformers import AutoModelForCausalLM,AutoTokenizer
     (src,name),own = _source(id_or_path),dict(revision=revision, trust_remote_code=trust_remote_code)
     tok = _tried('The tokenizer', AutoTokenizer.from_pretrained, src, **own)
-    model,info = _tried('The model', AutoModelForCausalLM.from_pretrained, src, dtype=dtype or 'auto', device_map=device_map,
-                        use_safetensors=True, output_loading_info=True, **own, **kwargs)
+    with _silent(os.path.isdir(src)):
+        model,info = _tried('The model', AutoModelForCausalLM.from_pretrained, src, dtype=dtype or 'auto', device_map=device_map,
+                            use_safetensors=True, output_loading_info=True, **own, **kwargs)
     if lost := sorted(info['missing_keys']): raise ValueError(f'{src} lacks {len(lost)} of the weights that its config asks for, such as {lost[0]}; they would be random numbers')
     return LM(model.eval(), tok, name)
