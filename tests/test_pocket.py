@@ -1,0 +1,49 @@
+"The pocket teacher as it ships: its size, its files, what a bare loader makes of it, and whether it deserves its certificate"
+import json
+from pathlib import Path
+import pandas as pd
+import pytest, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from sdlab.core.answers import agree
+from sdlab.core.model import load
+from sdlab.core.pocket import REWRITE, pocket_assets, pocket_rows, rewrite_rows
+from sdlab.judge.recovery import wilson
+from sdlab.judge.score import score
+from sdlab.lab.pocket import exam, passed
+
+HERE = Path(str(pocket_assets()))
+
+def test_size():
+    lm = load()
+    assert lm.n>=12 and lm.n_params<=3.5e6
+    assert (HERE/'model.safetensors').stat().st_size<=8e6
+    assert not list(HERE.glob('*.bin'))+list(HERE.glob('*.pt'))
+
+def test_bare_load():
+    model,tok = AutoModelForCausalLM.from_pretrained(HERE),AutoTokenizer.from_pretrained(HERE)
+    assert model.dtype==torch.float32 and model.config.use_cache
+    ids = tok.apply_chat_template([dict(role='user', content='Hi'), dict(role='assistant', content='Ho')], return_dict=False)
+    assert ids[0]==tok.bos_token_id and ids[-1]==tok.eos_token_id and ids.count(tok.bos_token_id)==1
+
+def test_carries_its_rewriting_template():
+    assert load().tokenizer.init_kwargs['sdlab_rewrite']==REWRITE
+
+@pytest.mark.parametrize('text', ['Ann has 12 pens.', 'naïve 数学 🙂 <b>', '3,141 x 59'])
+def test_any_text_can_be_typed(text):
+    tok = load().tokenizer
+    assert tok.decode(tok(text, add_special_tokens=False).input_ids)==text
+
+def test_the_certificate_is_of_these_weights():
+    "Sixty new draws of every task agree with the certificate: neither interval lies wholly outside the other"
+    cert,lm = pd.read_csv(HERE/'certificate.csv').set_index('task'),load()
+    for name,task in exam(60, seed=3).items():
+        right = score(lm, task)['score']
+        low,high = (100*o for o in wilson(right.sum(), len(right), z=3))
+        assert low<=cert.high[name] and cert.low[name]<=high, (name, right.mean(), cert.score[name])
+
+def test_a_certificate_can_fail():
+    cert = pd.read_csv(HERE/'certificate.csv')
+    assert passed(cert.assign(score=99.)) and not passed(cert.assign(score=89.)) and not passed(cert.assign(score=91.))
+
+@pytest.mark.xfail(strict=True, reason='the teacher that ships does not reach its marks yet; its card says by how much')
+def test_the_teacher_passes(): assert passed(pd.read_csv(HERE/'certificate.csv'))
