@@ -138,7 +138,7 @@ def untrained(
 
 def train(
     out,              # Folder for checkpoints; an unfinished run in it is continued
-    steps:int=900,    # Optimiser steps of 4096 tokens
+    steps:int=2600,   # Optimiser steps of 4096 tokens
     lr:float=.02,     # Peak learning rate of the blocks: 60 steps of warm-up, then a cosine to zero
     seed:int=0,       # Seed of weights and data
     **kwargs          # Any field of `TrainingArguments`
@@ -258,7 +258,7 @@ It is of no use outside this world, and it was not made to be.
 
 def main(
     out='runs/pocket', # Folder for checkpoints and for the finished teacher (in its folder `teacher`)
-    steps=900,         # Optimiser steps
+    steps=2600,        # Optimiser steps
     seed=0,            # Seed of weights and data
     n=500,             # Items of each task in the certificate
 ):
