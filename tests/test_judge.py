@@ -2,10 +2,10 @@
 import itertools, math
 import numpy as np, pandas as pd, pytest, torch
 import families
-from sdlab.core.answers import Task
+from sdlab.core.answers import Task, wilson
 from sdlab.core.data import rows
 from sdlab.core.model import LM
-from sdlab.judge.recovery import Recovery, recovery, wilson
+from sdlab.judge.recovery import Recovery, recovery
 from sdlab.judge.score import score, score_all, total
 
 def lm(seed=0, name='Llama', vocab=None):

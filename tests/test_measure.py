@@ -1,13 +1,15 @@
 "The stream, what is measured on it, and what it costs: against other ways to the same number, on many families, and with bad input"
-import copy, math
+import copy, json, math, os, subprocess, sys
+from pathlib import Path
 import pytest, torch
+import sharer
 from families import FAMILIES, L, VOCAB, config, loud, tiny, tokenizer
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 from sdlab.measure.cka import cka, centred_gram, hsic, kernels, linear_cka
 from sdlab.measure.cost import by_depth, cost
-from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, gram, importance, random_spans, turn, update
+from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, importance, layer_products, pair_angles, pair_updates, random_spans
 from sdlab.measure.stream import Divergence, Likelihood, Meter, Seen, Tally, scan, watching
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?', 'a b', 'zebra']
@@ -72,7 +74,7 @@ def test_only_the_completion_counts(lm):
 @pytest.mark.parametrize('cut', [1, 3, 5])
 def test_meters_of_two_shares_add_up(lm, cut):
     def all_of(texts):
-        ms = [Pairs(turn), Pairs(update, 'all'), Steps(), Seen(), Likelihood(), Divergence(lm)]
+        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), Steps(), Seen(), Likelihood(), Divergence(lm)]
         scan(lm, batches(lm, texts, size=2), *ms)
         return ms
     for a, b, c in zip(all_of(TEXTS[:cut]), all_of(TEXTS[cut:]), all_of(TEXTS)):
@@ -80,13 +82,29 @@ def test_meters_of_two_shares_add_up(lm, cut):
         if isinstance(w, Tally): assert s.n==w.n; close(s.mean, w.mean, 1e-6); close(s.stderr, w.stderr, 1e-6)
         elif 'data' in w: assert s==w
         else: close(s['nll'], w['nll'], 1e-4); close(s['perplexity'], w['perplexity'], 1e-2)
-    with pytest.raises(TypeError, match='same kind'): Pairs(turn)+Pairs(update)
+    with pytest.raises(TypeError, match='same kind'): Pairs(pair_angles)+Pairs(pair_updates)
+
+
+@pytest.mark.parametrize('fault', [False, True])
+def test_ranks_share_the_texts(fault, tmp_path):
+    "Two processes under `torchrun`, each with half of the batches, give the numbers of one; what goes wrong in one is raised in both"
+    script = str(Path(__file__).parent/'sharer.py')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, str(tmp_path), *['fault']*fault], capture_output=True, text=True, timeout=600, env=env)
+    assert p.returncode==0, p.stderr[-3000:]
+    got = [json.loads((tmp_path/f'{r}.json').read_text()) for r in (0, 1)]
+    assert got[0]==got[1]
+    if fault: assert 'Text 5 has no tokens' in got[0]; return
+    alone = sharer.measured()
+    assert got[0]['read']==4 and alone['read']==8                    # texts that went through the model: each rank's share, and all
+    for k in alone.keys()-{'read'}: close(got[0][k], alone[k], 1e-6) if k!='data' else None
+    assert got[0]['data']==alone['data']
 
 
 def test_no_state_of_a_text_survives(lm):
     "What a meter holds afterwards does not grow with the texts"
     def held(n):
-        ms = [Pairs(turn), Pairs(update, 'all'), Steps()]
+        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), Steps()]
         scan(lm, batches(lm, TEXTS*n, size=2), *ms)
         flat = [t for m in ms for v in vars(m).values() for t in ([v.mean, v.m2] if isinstance(v, Tally) else v if isinstance(v, list) else [v]) if torch.is_tensor(t)]
         return sum(t.numel() for t in flat if t.ndim)
@@ -146,7 +164,7 @@ def test_small_turns_are_exact():
     for a in (1e-8, 1e-6, 1e-3, .1, .5, .999):
         u = torch.zeros(2, 300, dtype=torch.float64)
         u[0,0], u[1,0], u[1,7] = 3e3, math.cos(a*math.pi)*2e-3, math.sin(a*math.pi)*2e-3
-        close(turn(gram(u))[0,1], a, 2e-8)
+        close(pair_angles(layer_products(u))[0,1], a, 2e-8)
 
 
 def test_plans_of_scores(lm):

@@ -4,10 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from sdlab.core.answers import agree
+from sdlab.core.answers import agree, wilson
 from sdlab.core.model import load
 from sdlab.core.pocket import REWRITE, pocket_assets, pocket_rows, rewrite_rows
-from sdlab.judge.recovery import wilson
 from sdlab.judge.score import score
 from sdlab.lab.pocket import exam, passed
 
@@ -45,5 +44,13 @@ def test_a_certificate_can_fail():
     cert = pd.read_csv(HERE/'certificate.csv')
     assert passed(cert.assign(score=99.)) and not passed(cert.assign(score=89.)) and not passed(cert.assign(score=91.))
 
-@pytest.mark.xfail(strict=True, reason='the teacher that ships does not reach its marks yet; its card says by how much')
 def test_the_teacher_passes(): assert passed(pd.read_csv(HERE/'certificate.csv'))
+
+def test_the_annotators_are_fair():
+    "Measured with the demo's rows, epochs and steps"
+    import inspect
+    from sdlab.lab.pocket import fairness
+    from sdlab.lab.study import demo
+    fair,a,b = pd.read_csv(HERE/'fairness.csv'),*(inspect.signature(f).parameters for f in (fairness, demo))
+    assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and set(fair.voice)=={b['voice'].default}
+    assert all(a[k].default==b[k].default for k in ('size', 'batch_size', 'voice'))

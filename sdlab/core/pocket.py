@@ -28,7 +28,7 @@ def _event(r, total): # -> (kind, amount, k, m): one thing that happens to someb
     if r.random() < .25 and total <= 40:
         k,m = r.randint(2, 4),r.randint(2, 5)
         return '*',k*m,k,m
-    return ('-', r.randint(1, total-1), 0, 0) if total > 40 or (total > 5 and r.random() < .5) else ('+', r.randint(2, 20), 0, 0)
+    return ('-', r.randint(1, min(total-1, 20)), 0, 0) if total > 40 or (total > 5 and r.random() < .5) else ('+', r.randint(2, 20), 0, 0)
 
 def _sums_item(r):
     p,q = r.sample(_PEOPLE, 2)
@@ -42,7 +42,7 @@ def _sums_item(r):
     return dict(prompt=' '.join([*text, f'How many {t} does {p} have now?']), start=start, events=events, answer=str(total))
 
 _START = ('Start: {s}.', 'We begin with {s}.', 'We begin with {s}.', 'At first there are {s}.')
-_TIMES = ('{k} x {m} = {b}.', '{k} x {m} is {b}.', '{k} times {m} makes {b}.', '{m} taken {k} times gives {b}.')
+_TIMES = ('{k} x {m} = {b}.', '{k} x {m} is {b}.', '{k} times {m} makes {b}.', '{k} taken {m} times gives {b}.')
 _PLUS = ('{a} + {b} = {c}.', '{a} + {b} is {c}.', '{a} plus {b} makes {c}.', 'Adding {b} turns {a} into {c}.')
 _MINUS = ('{a} - {b} = {c}.', '{a} - {b} is {c}.', '{a} minus {b} makes {c}.', 'Taking {b} turns {a} into {c}.')
 _END = ('', '', 'So it is {c}.', 'That leaves {c} in the end.')

@@ -14,7 +14,7 @@ from ..core.plot import COLORS,bars
 from ..core.data import completion_ids,context,decode,prompt_ids
 from ..core.data import rows as read_rows
 from ..core.model import generate
-from ..core.answers import _check,agree,extract
+from ..core.answers import _check,agree,extract,wilson
 
 # %% ../../nbs/distill/30_rewrite.ipynb #c005
 BANNED = ('reference answer', 'your response', 'my response', 'your own response', "now it's your turn", '^your turn')
@@ -307,12 +307,6 @@ def rewrite(
     return Dataset.from_list([_decided(*p, done[_key(*p)], rule, tpl.banned, texts) for p in pairs])
 
 # %% ../../nbs/distill/30_rewrite.ipynb #c030
-def _interval(k, n, z=1.96):
-    "Wilson's 95 % interval of a share, in percent"
-    p,d = k/n, 1+z*z/n
-    mid,half = (p+z*z/2/n)/d, z*math.sqrt(p*(1-p)/n+z*z/4/n/n)/d
-    return max(0, 100*(mid-half)), min(100, 100*(mid+half))
-
 _TD = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;max-width:24em;padding:.3em .6em"'
 def _row_html(cells, tag='td'): return '<tr>'+''.join(f'<{tag} {_TD}>{html.escape(str(c))}</{tag}>' for c in cells)+'</tr>'
 def _table_html(rows, head): return '<table>'+_row_html(head, 'th')+''.join(map(_row_html, rows))+'</table>'
@@ -327,7 +321,7 @@ class Summary:
     @property
     def rate(self):
         "Share of rows in the teacher's words, in percent, and its 95 % interval (Wilson)"
-        return 100*self.kept/self.n, *_interval(self.kept, self.n)
+        return tuple(100*o for o in (self.kept/self.n, *wilson(self.kept, self.n)))
     def frame(self):
         "One line per source and reason"
         return self.reasons

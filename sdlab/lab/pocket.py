@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['MIX', 'CHAT', 'examples', 'tokenizer', 'packs', 'orthogonal', 'Muon', 'optimiser', 'untrained', 'train', 'exam',
-           'certificate', 'passed', 'decline', 'ship', 'card', 'main', 'certify']
+           'certificate', 'passed', 'fairness', 'decline', 'ship', 'card', 'main', 'certify']
 
 # %% ../../nbs/lab/63_pocket.ipynb #c002
 import json, os, random, time
 from itertools import islice
 from pathlib import Path
 import torch
-from ..core.answers import Task
+from ..core.answers import Task,wilson
 from ..core.data import batches, encode
-from ..core.model import load
+from ..core.model import _markdown,load
 from ..core.pocket import *
 from ..compress.depth import without
-from ..judge.recovery import wilson
 from ..judge.score import score, total
 from ..measure.importance import distances
+from ..recover.tune import tune
 
 # %% ../../nbs/lab/63_pocket.ipynb #c005
-MIX = dict(sums=.28, order=.17, facts=.14, choice=.13, stories=.05, rewrite_sums=.11, rewrite_order=.07, rewrite_facts=.03, rewrite_choice=.02)  # Share of the examples
+MIX = dict(sums=.30, order=.18, facts=.16, choice=.13, stories=.05, rewrite_sums=.07, rewrite_order=.05, rewrite_facts=.03, rewrite_choice=.03)  # Share of the examples
 
 def _example(kind, item, r): # One row: the task itself, or a rewrite of a reference in a random other voice
     task = kind.removeprefix('rewrite_')
@@ -174,12 +174,12 @@ def certificate(
 ):              # `DataFrame`: task, score (%), n, low and high (Wilson, 95 %), needed (%)
     "The examination: score of every held-out task, and what is needed to pass"
     import pandas as pd
-    out = []
-    for name,task in exam(n, seed).items():
-        right = score(lm, task)['score']
-        low,high = wilson(right.sum(), len(right))
-        out.append(dict(task=name, score=100*right.mean(), n=len(right), low=100*low, high=100*high, needed=95 if 'rewrite' in name else 90))
-    return pd.DataFrame(out)
+    return pd.DataFrame([_mark(lm, o, 95 if 'rewrite' in k else 90) for k,o in exam(n, seed).items()])
+
+def _mark(lm, task, needed): # A line of the certificate
+    right = score(lm, task)['score']
+    low,high = wilson(right.sum(), len(right))
+    return dict(task=task.name, score=100*right.mean(), n=len(right), low=100*low, high=100*high, needed=needed)
 
 def passed(
     cert, # What `certificate` gave
@@ -188,6 +188,25 @@ def passed(
     return bool((cert.score>=cert.needed).all() and cert[~cert.task.str.startswith('rewrite')].score.mean()>=95)
 
 # %% ../../nbs/lab/63_pocket.ipynb #c021
+def fairness(
+    lm,         # The teacher
+    voice=3,    # Whose answers it is tuned on
+    n=200,      # Items of each task to judge on
+    size=800,   # Rows; this many in steps of `batch_size` for two epochs is the budget of the demo
+    lrs=(5e-4, 1e-3), # Peak learning rates; the better one on the calibration side is judged
+    batch_size=4, # Rows per step
+    seed=0,     # Of everything that is drawn
+):              # `DataFrame` like the certificate's, and `voice`, `lr`
+    "What the unpruned teacher scores on a task after tuning on that task in another voice"
+    import pandas as pd
+    def tuned(t, lr): return tune(lm, pocket_rows(t, size, voice, seed=seed), lr=lr, batch_size=batch_size, seed=seed, progress=False)
+    def line(t, task):
+        tries,look = {lr:tuned(t, lr) for lr in lrs},pocket_tasks(60, 'calibration', seed)[t]
+        lr = max(lrs, key=lambda o: score(tries[o], look)['score'].mean())
+        return dict(_mark(tries[lr], task, 90), voice=voice, lr=lr)
+    return pd.DataFrame([line(t, o) for t,o in pocket_tasks(n, seed=seed).items() if t!='stories'])
+
+# %% ../../nbs/lab/63_pocket.ipynb #c023
 def decline(
     lm,          # The teacher
     n:int=100,   # Items in each task
@@ -203,7 +222,7 @@ def decline(
         out.append(dict(dropped=k, blocks=list(dist.best(k).drop) if k else [], **{t:total(score(cut, o), o.metric)*(1 if o.metric=='perplexity' else 100) for t,o in pocket_tasks(n, seed=seed).items()}))
     return pd.DataFrame(out)
 
-# %% ../../nbs/lab/63_pocket.ipynb #c023
+# %% ../../nbs/lab/63_pocket.ipynb #c025
 def ship(
     model,  # Trained model
     tok,    # Its tokenizer
@@ -224,11 +243,11 @@ def ship(
 def card(
     lm,    # The teacher
     cert,  # What `certificate` gave
+    fair,  # What `fairness` gave
     falls, # What `decline` gave
     how,   # One line on how it was trained
 )->str:    # Markdown
     "The teacher's model card: what it is, how it was made, what it can do and what it loses"
-    def table(df): return '\n'.join(['| '+' | '.join(df.columns)+' |', '|'+' --- |'*df.shape[1], *('| '+' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r)+' |' for r in df.itertuples(index=False))])
     return f"""---
 license: apache-2.0
 language: en
@@ -245,13 +264,19 @@ It knows only the invented world of `sdlab.core.pocket`: word problems with writ
 
 Held-out items, greedy, weights as stored; intervals are Wilson's, 95 %.
 
-{table(cert)}
+{_markdown(cert)}
+
+## Are the annotators fair?
+
+The unpruned teacher tuned on 800 rows of a task in the farthest voice, with the demo's budget, and asked that task.
+
+{_markdown(fair)}
 
 ## What it loses when blocks go
 
 Spans by angular distance on the calibration side, no healing (% right; stories: perplexity).
 
-{table(falls)}
+{_markdown(falls)}
 
 It is of no use outside this world, and it was not made to be.
 """
@@ -267,24 +292,24 @@ def main(
     trainer = train(out/'checkpoints', steps, seed=seed)
     if not trainer.is_world_process_zero(): return
     lm = ship(trainer.model, trainer.processing_class, trainer.state.log_history, out/'teacher')
-    how = f'Trained from seed {seed} by `python -m sdlab.lab.pocket`: {steps} steps of 4096 tokens, {(time.time()-t)/60:.0f} minutes on {torch.get_num_threads()} threads of this machine ({lm.device.type}).'
+    how = f'Trained from seed {seed} by `python -m sdlab.lab.pocket`: {steps} steps of 4096 tokens, {(time.time()-t)/60:.0f} minutes, {os.environ.get("WORLD_SIZE", 1)} processes of {torch.get_num_threads()} threads ({lm.device.type}).'
     certify(lm, out/'teacher', how, n)
 
 def certify(
     lm,     # The teacher
-    folder, # Where its certificate, its decline and its card go
+    folder, # Where certificate, fairness, decline and card go
     how,    # One line on how it was trained
     n=500,  # Items of each task
 ):          # The certificate, a `DataFrame`
     "Examine the teacher and write down what came out; raises `ValueError` when it fails"
-    cert,falls = certificate(lm, n),decline(lm, min(n, 200))
-    for name,df in dict(certificate=cert, decline=falls).items(): df.to_csv(Path(folder)/f'{name}.csv', index=False)
-    (Path(folder)/'README.md').write_text(card(lm, cert, falls, how))
-    print(cert.round(1).to_string(index=False))
+    cert,fair,falls = certificate(lm, n),fairness(lm, n=min(n, 200)),decline(lm, min(n, 200))
+    for name,df in dict(certificate=cert, fairness=fair, decline=falls).items(): df.round(4).to_csv(Path(folder)/f'{name}.csv', index=False)
+    (Path(folder)/'README.md').write_text(card(lm, cert, fair, falls, how))
+    print(cert.round(1).to_string(index=False), fair.round(1).to_string(index=False), sep='\n\n')
     if not passed(cert): raise ValueError(f"This teacher fails {', '.join(cert.task[cert.score<cert.needed]) or 'the average of 95 %'}: train it longer, or make that task easier.")
     return cert
 
-# %% ../../nbs/lab/63_pocket.ipynb #c025
+# %% ../../nbs/lab/63_pocket.ipynb #c027
 if __name__=='__main__' and '__file__' in globals():   # a module has a file, a notebook has none
     import argparse
     from sdlab.lab.cli import add_command

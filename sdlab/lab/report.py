@@ -71,17 +71,31 @@ def _list(lines): return '<ul>'+''.join(f'<li>{o}</li>' for o in lines)+'</ul>'
 
 def _legend(arms): return _list(f'<b style="color:{color_of(k, "inherit")}">■</b> <b>{escape(k)}</b>: {escape(_WORDS.get(k, ""))}' for k in arms)
 
+def _unit(metric): return (1,'in perplexity') if metric=='perplexity' else (100,'points') # Factor and name of a difference
+
 def _against(study, a, b): # What the paired intervals say of arm `a` against arm `b`, a line per task
     def line(r):
-        k,unit = (1,'in perplexity') if r.metric=='perplexity' else (100,'points')
+        k,unit = _unit(r.metric)
         return f'<b>{escape(str(r.task))}</b>: {k*r.difference:+.3g} {unit} ({k*r.low:+.3g} to {k*r.high:+.3g}, n = {r.n}): {escape(r.verdict)}'
     return _list(map(line, study.recovery.difference(a, b).itertuples()))+f'<p class="soft">{escape(a)} minus {escape(b)}, with the 95 % interval of the paired difference; for perplexity less is better.</p>'
 
-def _told(study): # Prompt of every item that has one: {(task, item): prompt}
-    return {(k,i):(p if isinstance(p, str) else p[-1]['content']) for k,t in study.tasks.items() if 'prompt' in t.column_names for i,p in enumerate(t['prompt'])}
+def _headline(study): # The result in two sentences: the task that was trained on first, then everything else together
+    f,task = study.recovery.frame(),study.items.task.iloc[0]
+    said = {r.arm:f'{r.score:.3g}' if r.metric=='perplexity' else f'{100*r.score:.0f} %' for r in f[f.task==task].itertuples()}
+    d = study.recovery.difference('self-data', 'SFT', task).iloc[0]
+    k,unit = _unit(d.metric)
+    return (f'<p class="lead">On <b>{escape(str(task))}</b>, what it was healed on, the teacher scores {said["teacher"]}, the cut model {said["pruned"]}; '
+            f'fine-tuned on the given answers {said["SFT"]}, on its teacher\'s words {said["self-data"]}. '
+            f'The difference between the two is {k*d.difference:+.2g} {unit} ({k*d.low:+.2g} to {k*d.high:+.2g}, n = {d.n}): {escape(d.verdict)}.</p>')
+
+# %% ../../nbs/lab/60_report.ipynb #c010
+def _prompts(study): # Prompt of every item that has one: {(task, item): prompt}
+    return {(k,i):_asked(p) for k,t in study.tasks.items() if 'prompt' in t.column_names for i,p in enumerate(t['prompt'])}
+
+def _asked(p): return p if isinstance(p, str) else p[-1]['content']
 
 def _examples(study, k=3): # The questions on which the arms differ most, with everybody's answer
-    prompts,it = _told(study),study.items
+    prompts,it = _prompts(study),study.items
     it = it[it.arm.isin(['teacher','pruned','SFT','self-data']) & (it.metric=='exact')]
     spread = it.groupby(['task','item'], sort=False).score.agg(['nunique','sum']).sort_values('nunique', ascending=False, kind='stable')
     picked = [key for _,g in spread.groupby('task', sort=False) for key in g.index[:1]][:k] if len(spread) else []
@@ -90,16 +104,13 @@ def _examples(study, k=3): # The questions on which the arms differ most, with e
 
 def _rewrites(study, k=2): # Rows before and after, in both voices
     rows = [r for r in study.data if r['source']=='teacher'][:k]
-    def ask(p): return p if isinstance(p, str) else p[-1]['content']
-    return ''.join(quotes(ask(r['prompt']), {'SFT':f"the data said: {r['reference']}", 'self-data':f"the teacher says: {r['completion']}"}) for r in rows)
+    return ''.join(quotes(_asked(r['prompt']), {'SFT':f"the data said: {r['reference']}", 'self-data':f"the teacher says: {r['completion']}"}) for r in rows)
 
-# %% ../../nbs/lab/60_report.ipynb #c010
+# %% ../../nbs/lab/60_report.ipynb #c011
 def _figures(study): # Draw what no stage has drawn yet, beside the report
     import matplotlib.pyplot as plt
     (study.out/'figures').mkdir(exist_ok=True)
-    made = {'recovery.png':study.recovery.plot, 'data.png':summary(study.data).plot}
-    for name,draw in made.items():
-        ax = draw()
+    for name,ax in {'recovery.png':study.recovery.panels()[0], 'data.png':summary(study.data).plot()}.items():
         ax.figure.savefig(study.out/'figures'/name, dpi=130, bbox_inches='tight')
         plt.close(ax.figure)
     for p in [study.out/'1 spans'/'spans.png', *study.out.glob('6 maps/*/cka.png')]: shutil.copy(p, study.out/'figures'/(p.parent.name.replace(' ', '-').removeprefix('1-')+'-'+p.name))
@@ -110,24 +121,31 @@ def _made(study): # How it was done, for whoever wants to do it again
     facts = {**{k:v for k,v in s.items() if k not in ('format','tasks')}, 'rows':len(study.data), 'torch':torch.__version__, 'transformers':transformers.__version__, 'trl':trl.__version__}
     return grid(pd.DataFrame([(k, str(v)) for k,v in facts.items()], columns=['setting','value']))+'<p class="soft">Seconds per stage</p>'+grid(pd.DataFrame(study.seconds.items(), columns=['stage','seconds']))
 
-def _body(study):
-    s,plan,fig = study.settings,study.plan,study.out/'figures'
-    kept = summary(study.data)
-    yield f"<h1>What {escape(s['teacher'])} lost with {len(plan.drop)} of {plan.n} blocks, and what came back</h1>"
-    yield ('<p class="lead">A language model is a stack of blocks. Some of them can be taken out: the model gets smaller and faster, and worse. It can be healed by a little training, and the question is <em>on whose words</em>. '
-           'Training on somebody else\'s answers teaches the task and may wipe out other things. In <em>self-data distillation</em> the uncut model first says those same answers in its own words, and the cut model learns from these.</p>')
-    yield strip(plan)+f'<p class="soft">Dashed: the blocks that were taken out. {escape(plan.why)}.</p>'
-    yield '<h2>What came of it</h2>'+_legend(study.arms)+picture(fig/'recovery.png', 'Score of every model on every task, with 95 % intervals. Bars of the first colour are the goal; the grey ones are where healing starts.')
-    yield '<h3>Self-data against plain fine-tuning, on the same questions</h3>'+_against(study, 'self-data', 'SFT')
-    yield '<h3>Each against the cut model: what healing gave, and what it took</h3>'+_against(study, 'SFT', 'pruned')+_against(study, 'self-data', 'pruned')
-    if 'SFT control' in study.arms: yield '<h3>The controls: what tuning alone did to the uncut teacher</h3>'+_against(study, 'SFT control', 'teacher')+_against(study, 'self-data control', 'teacher')
-    yield '<details><summary>All numbers</summary>'+grid(study.recovery.frame())+'<p class="soft">recovery: percent of the teacher\'s score. gap closed: the part of what the cut lost that came back. n: questions.</p></details>'
-    yield '<h2>Hear them answer</h2>'+(_examples(study) or '<p>These tasks are judged by likelihood; there is nothing to read.</p>')
-    yield f'<h2>Whose words the student read</h2><p>{escape(repr(kept))}.</p>'+picture(fig/'data.png', 'Rows by what became of them: a rewriting is kept only if it gives the same answer as the reference.')+_rewrites(study)
-    yield '<h2>How the cut was chosen</h2>'+picture(fig/'spans-spans.png', 'Every run of blocks that could go: dark ones hardly turn what flows through them, so little should be missed. The marks are the best of each length.')
-    yield '<h2>What happened inside</h2><p>CKA compares how two models arrange the same texts, layer against layer: 1 is the same arrangement. Left to right the teacher\'s layers, bottom to top the student\'s, at the teacher\'s numbers.</p>'
-    yield ''.join(picture(fig/f'{k.replace(" ", "-")}-cka.png', f'{k} against the teacher. Below the cut the diagonal is 1 until training moves it.') for k in study.maps)
-    yield '<h2>Do it again</h2>'+_made(study)
+# %% ../../nbs/lab/60_report.ipynb #c013
+def _opening(study):
+    n,of = len(study.plan.drop),study.plan.n
+    return (f"<h1>What {escape(study.settings['teacher'])} lost with {n} of {of} blocks, and what came back</h1>"
+            '<p>A language model is a stack of blocks. Some of them can be taken out: the model gets smaller and faster, and worse. It can be healed by a little training, and the question is <em>on whose words</em>. '
+            'Training on somebody else\'s answers teaches the task and may wipe out other things. In <em>self-data distillation</em> the uncut model first says those same answers in its own words, and the cut model learns from these.</p>'
+            +strip(study.plan)+f'<p class="soft">Dashed: the blocks that were taken out. {escape(study.plan.why)}.</p>')
+
+def _outcome(study, fig):
+    controls = ('<h3>The controls: what tuning alone did to the uncut teacher</h3>'+_against(study, 'SFT control', 'teacher')+_against(study, 'self-data control', 'teacher')) if 'SFT control' in study.arms else ''
+    return ('<h2>What came of it</h2>'+_headline(study)+_legend(study.arms)+picture(fig/'recovery.png', 'Every model on every task, with 95 % intervals. The dashed line is the goal; grey is where healing starts.')
+            +'<h3>Self-data against plain fine-tuning, on the same questions</h3>'+_against(study, 'self-data', 'SFT')
+            +'<h3>Each against the cut model: what healing gave, and what it took</h3>'+_against(study, 'SFT', 'pruned')+_against(study, 'self-data', 'pruned')+controls
+            +'<details><summary>All numbers</summary>'+grid(study.recovery.frame())+'<p class="soft">recovery: percent of the teacher\'s score. gap closed: the part of what the cut lost that came back. n: questions.</p></details>')
+
+def _heard(study): return '<h2>Hear them answer</h2>'+(_examples(study) or '<p>These tasks are judged by likelihood; there is nothing to read.</p>')
+
+def _read(study, fig):
+    return (f'<h2>Whose words the student read</h2><p>{escape(repr(summary(study.data)))}.</p>'
+            +picture(fig/'data.png', 'Rows by what became of them: a rewriting is kept only if it gives the same answer as the reference.')+_rewrites(study))
+
+def _inside(study, fig):
+    maps = ''.join(picture(fig/f'{k.replace(" ", "-")}-cka.png', f'{k} against the teacher. Below the cut the diagonal is 1 until training moves it.') for k in study.maps)
+    return ('<h2>How the cut was chosen</h2>'+picture(fig/'spans-spans.png', 'Every run of blocks that could go: dark ones hardly turn what flows through them, so little should be missed. The marks are the best of each length.')
+            +'<h2>What happened inside</h2><p>CKA compares how two models arrange the same texts, layer against layer: 1 is the same arrangement. Left to right the teacher\'s layers, bottom to top the student\'s, at the teacher\'s numbers.</p>'+maps)
 
 def report(
     study, # `Study`
@@ -136,6 +154,7 @@ def report(
     _figures(study)
     study.recovery.frame().to_csv(study.out/'recovery.csv', index=False)
     study.items.to_csv(study.out/'items.csv', index=False)
-    path = study.out/'report.html'
-    path.write_text(page(f"sdlab: {study.settings['teacher']} without {len(study.plan.drop)} blocks", *_body(study)), encoding='utf-8')
+    path,fig = study.out/'report.html',study.out/'figures'
+    path.write_text(page(f"sdlab: {study.settings['teacher']} without {len(study.plan.drop)} blocks", _opening(study), _outcome(study, fig), _heard(study),
+                         _read(study, fig), _inside(study, fig), '<h2>Do it again</h2>'+_made(study)), encoding='utf-8')
     return path

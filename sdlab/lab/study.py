@@ -81,8 +81,12 @@ def _choose(folder, lm, calib, drop, tokens):
     _save_figure(dist.plot(), folder/'spans.png')
     (folder/'plan.json').write_text(dist.best(drop).to_json())
 
-def _heal(folder, student, data, on, how):
-    tune(student, data, on=on, out=folder/'run', **how).save(folder/'model')
+def _write_data(folder, lm, train, s):
+    rule = None if s['rule']=='none' else s['rule']
+    rewrite(lm, train, rule=rule, out=folder/'ledger', max_new_tokens=s['max_new_tokens'], seed=s['seed']).to_json(folder/'data.jsonl')
+
+def _heal(folder, student, data, on, s):
+    tune(student, data, on=on, out=folder/'run', **{k:s[k] for k in ('epochs', 'lr', 'batch_size', 'lora', 'seed')}).save(folder/'model')
     shutil.rmtree(folder/'run', ignore_errors=True)
 
 def _map(folder, student, teacher, texts, seed):
@@ -173,27 +177,30 @@ def study(
 )->Study:
     "Prune a model, let it write its own training data, heal, judge, compare: the whole road, resumable"
     lm = _opened(teacher, dtype, device)
-    drop = Plan(lm.n, range(drop)) and drop
+    if drop<1: raise ValueError(f'`drop` is the number of blocks to drop, at least 1, not {drop!r}')
+    Plan(lm.n, range(drop))                                 # refuses too many, before anything is made
     sides = dict(train=rows(data), calibration=rows(calibration)) if calibration is not None else _sides(lm, data, limit or None)
-    judged = tasks or {**{'in domain':_task('in domain', sides['evaluation'], rule, n, max_new_tokens)}, **_others(lm, also, rule, n, max_new_tokens)}
-    how = dict(epochs=epochs, lr=lr, batch_size=batch_size, lora=lora or None, seed=seed)
-    out = claim(out, dict(format=1, teacher=lm.name, fingerprint=lm.fingerprint, drop=drop, train=fingerprint(sides['train']), calibration=fingerprint(sides['calibration']),
-                          tasks={k:fingerprint(t.rows) for k,t in judged.items()}, rule=rule, max_new_tokens=max_new_tokens, tokens=tokens, controls=controls, **how), fresh)
-    return _walk(lm, sides, judged, out, drop, how, rule, max_new_tokens, tokens, controls)
-
-def _walk(lm, sides, tasks, out, drop, how, rule, max_new_tokens, tokens, controls):
-    found,at = Study(out),dict(device_map=str(lm.device), dtype=lm.dtype)
-    stage(out, '0 tasks', lambda f: [t.rows.to_json(f/f'{k}.jsonl') for k,t in tasks.items()])
-    stage(out, '1 spans', lambda f: _choose(f, lm, sides['calibration'], drop, tokens))
-    stage(out, '2 pruned', lambda f: prune(lm, found.plan).save(f/'model'))
-    stage(out, '3 data', lambda f: rewrite(lm, sides['train'], rule=None if rule=='none' else rule, out=f/'ledger', max_new_tokens=max_new_tokens, seed=how['seed']).to_json(f/'data.jsonl'))
-    arms = {k:v for k,v in ARMS.items() if controls or v[0]=='pruned'}
-    models = {'teacher':lambda: lm, 'pruned':lambda: found.load('pruned', **at), **{k:partial(found.load, k, **at) for k in arms}}
-    for k,(start,on) in arms.items(): stage(out, f'4 {k}', lambda f: _heal(f, models[start](), found.data, on, how))
-    for k in models: stage(out, f'5 verdicts/{k}', lambda f: score_all({k:models[k]()}, tasks).to_parquet(f/'items.parquet'))
-    for k in ('pruned', *arms): stage(out, f'6 maps/{k}', lambda f: _map(f, models[k](), lm, sides['calibration'], how['seed']))
+    judged = tasks or {'in domain':_task('in domain', sides['evaluation'], rule, n, max_new_tokens), **_others(lm, also, rule, n, max_new_tokens)}
+    prints = dict(train=fingerprint(sides['train']), calibration=fingerprint(sides['calibration']), tasks={k:fingerprint(t.rows) for k,t in judged.items()})
+    settings = dict(format=1, teacher=lm.name, fingerprint=lm.fingerprint, drop=drop, **prints, rule=rule, max_new_tokens=max_new_tokens, tokens=tokens, controls=controls,
+                    epochs=epochs, lr=lr, batch_size=batch_size, lora=lora or None, seed=seed)
+    found = Study(claim(out, settings, fresh))
+    stages = _stages(found, lm, sides, judged)
+    for i,(name,run) in enumerate(stages.items(), 1): stage(found.out, name, run, partial(print, f'[{i}/{len(stages)}]'))
     report(found)
     return found
+
+def _stages(found, lm, sides, tasks): # {name: function of the stage's folder}, in their order; what a stage needs of earlier ones it takes from their folders
+    s,at = found.settings,dict(device_map=str(lm.device), dtype=lm.dtype)
+    arms = {k:v for k,v in ARMS.items() if s['controls'] or v[0]=='pruned'}
+    def model(k): return lm if k=='teacher' else found.load(k, **at)
+    return {'0 tasks':lambda f: [t.rows.to_json(f/f'{k}.jsonl') for k,t in tasks.items()],
+            '1 spans':lambda f: _choose(f, lm, sides['calibration'], s['drop'], s['tokens']),
+            '2 pruned':lambda f: prune(lm, found.plan).save(f/'model'),
+            '3 data':lambda f: _write_data(f, lm, sides['train'], s),
+            **{f'4 {k}':lambda f, start=start, on=on: _heal(f, model(start), found.data, on, s) for k,(start,on) in arms.items()},
+            **{f'5 verdicts/{k}':lambda f, k=k: score_all({k:model(k)}, tasks).to_parquet(f/'items.parquet') for k in ('teacher', 'pruned', *arms)},
+            **{f'6 maps/{k}':lambda f, k=k: _map(f, model(k), lm, sides['calibration'], s['seed']) for k in ('pruned', *arms)}}
 
 # %% ../../nbs/lab/61_study.ipynb #c014
 def demo(
@@ -201,9 +208,10 @@ def demo(
     drop=2,          # Blocks to drop of the pocket teacher's twelve
     size=800,        # Word problems to heal on
     voice=3,         # Who answered them: 0 is the teacher's own voice, 3 the farthest annotator
-    lr=2e-4,         # Peak learning rate of all arms, chosen on calibration items
+    lr=5e-4,         # Peak learning rate of all arms, chosen on calibration items
+    batch_size=4,    # Rows per optimiser step
     seed=0,          # Of everything that is drawn
     fresh=False,     # Throw away the demo that is in `out`, and start over
 )->Study:
     "The whole road in five minutes: cut the pocket teacher, let it write the data, heal, judge, and look inside"
-    return study(load(), pocket_rows('sums', size, voice, seed=seed), drop, out, lr=lr, seed=seed, max_new_tokens=96, tasks=pocket_tasks(100, seed=seed, sums=200), calibration=pocket_calibration(), fresh=fresh)
+    return study(load(), pocket_rows('sums', size, voice, seed=seed), drop, out, lr=lr, batch_size=batch_size, seed=seed, max_new_tokens=96, tasks=pocket_tasks(100, seed=seed, sums=200), calibration=pocket_calibration(), fresh=fresh)

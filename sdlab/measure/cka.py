@@ -10,7 +10,7 @@ from dataclasses import dataclass,field
 import torch
 from ..core.data import collate,encoded,fingerprint,rows
 from ..core.plot import hatch,heat
-from .stream import Meter,last_token,scan,wide
+from .stream import Meter,PerText,last_token,scan,as_double
 
 # %% ../../nbs/measure/12_cka.ipynb #c005
 def centred_gram(
@@ -53,7 +53,7 @@ def hsic(
     c = n*(n-3) if unbiased else (n-1)**2
     k,l = (o.view(len(o), n, n).transpose(0, 1) for o in (k,l.to(k)))             # row by row of the Gram matrices: (n, A, n)
     parts = k@l.mT, torch.linalg.vecdot(k, k), torch.linalg.vecdot(l, l)
-    return Hsic(*(wide(o).sum(0).cpu()/c for o in parts), (n,))                   # their sum in double precision
+    return Hsic(*(as_double(o).sum(0).cpu()/c for o in parts), (n,))                   # their sum in double precision
 
 # %% ../../nbs/measure/12_cka.ipynb #c008
 def linear_cka(
@@ -79,14 +79,14 @@ class Pool(Meter):
         pool='last', # State at the 'last' real token, or the 'mean' over the real tokens
     ):
         if pool not in ('last','mean'): raise ValueError(f"`pool` is 'last' (token) or 'mean' (over tokens), not {pool!r}")
-        self.pool,self._out = pool,[]
+        self.pool,self.tally = pool,PerText()
     def start(self, lm, batch): self._h,self._at = [],last_token(batch['attention_mask'])
     def see(self, l, h, batch):
         if self.pool=='last': return self._h.append(h[torch.arange(len(h)), self._at.to(h.device)])
         m = batch['attention_mask'].to(h.device)[...,None]
         self._h.append(h.masked_fill(m==0, 0).sum(1, dtype=torch.float32)/m.sum(1))
-    def end(self, batch, logits=None): self._out.append(torch.stack([h.to(self._h[-1].device) for h in self._h]))
-    def result(self): return torch.cat(self._out, 1)
+    def end(self, batch, logits=None): self.tally += PerText((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
+    def result(self): return self.tally.all.transpose(0, 1)
 
 def _points(lm, enc, idx, pool, batch_size):
     "Points of the texts `idx` in that order; they run sorted by length"
@@ -105,7 +105,7 @@ class _Kernel:
 
 def _kernel(x, unbiased):
     "From points, shape (A, n, d)"
-    w = wide(x)
+    w = as_double(x)
     spread = (w-w.mean(1, keepdim=True)).square().sum((1,2))
     return _Kernel(centred_gram(x, unbiased), spread.cpu(), w.square().sum((1,2)).cpu())
 

@@ -5,7 +5,7 @@ which asks for all hidden states of all texts, stores them, and then goes throug
 import torch
 from common import paired, peak_memory, random_llama, row
 from sdlab.core.model import LM
-from sdlab.measure.importance import Pairs, angular_distance, distances, importance, turn, update
+from sdlab.measure.importance import Pairs, angular_distance, distances, importance, pair_angles, pair_updates
 from sdlab.measure.stream import scan
 
 B, T = 8, 128

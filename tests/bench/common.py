@@ -3,11 +3,21 @@
 A benchmark is a script `tests/bench/bench_NAME.py` with a function `rows()` that gives a list of `row(...)`;
 `python tests/bench/run.py` runs each in a fresh process and writes them all to `nbs/bench.csv`.
 Ratios are taken within one run, the two sides in turn, so that a busy machine slows both."""
-import gc, json, os, platform, statistics, subprocess, sys, textwrap, time
+import gc, json, os, platform, statistics, subprocess, sys, textwrap, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+def follow(
+    every=1., # Seconds between looks
+):
+    "End this process when the one that started it has gone, so that a killed run leaves nobody on the cores"
+    parent = os.getppid()
+    def watch():
+        while os.getppid()==parent: time.sleep(every)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 @dataclass(frozen=True)
 class Paired:
@@ -59,7 +69,7 @@ def peak_memory(
 )->dict:        # Bytes: `base` before `code`, `peak` the highest while it ran, `extra` their difference; `seconds`
     "Highest resident memory of `code` in a process of its own (Linux)"
     dd = textwrap.dedent
-    src = '\n'.join([dd(setup), _watch, 'import time; _t = time.perf_counter()', dd(code), '_t = time.perf_counter()-_t',
+    src = '\n'.join(['import common; common.follow()', dd(setup), _watch, 'import time; _t = time.perf_counter()', dd(code), '_t = time.perf_counter()-_t',
         "_peak = _status('VmHWM:')", "print('\\n@@'+json.dumps(dict(base=_base, peak=_peak, extra=max(0, _peak-_base), seconds=_t)))"])
     p = subprocess.run([sys.executable, '-c', src], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
                        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(Path(__file__).parent)])})

@@ -11,7 +11,8 @@ COLUMNS = 'bench what ours against unit ratio limit met how machine'.split()
 
 _child = '''
 import importlib, json, sys
-from common import machine
+from common import follow, machine
+follow()
 rows = importlib.import_module(sys.argv[1]).rows()
 json.dump([machine(), rows], open(sys.argv[2], 'w'))
 '''
