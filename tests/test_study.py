@@ -42,7 +42,6 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch, capsys, whole):
     with monkeypatch.context() as m:
         m.setattr(S, 'prune', stop)
         with pytest.raises(KeyboardInterrupt): walker.walk(tmp_path/'s')
-        m.setattr(S, 'demo', stop)
         assert main(['demo', '--out', str(tmp_path/'d')])==130
     assert 'goes on from there' in capsys.readouterr().err
     done = {p.parent.name for p in (tmp_path/'s').rglob('done.json')}
