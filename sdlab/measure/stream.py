@@ -241,9 +241,9 @@ def last_token(
 @dataclass(frozen=True)
 class TextCount:
     "How many texts and tokens, and the sum of the hashes of the texts"
-    texts:int=0
-    tokens:int=0
-    hashes:int=0
+    texts:int=0  # How many
+    tokens:int=0 # Real tokens in them
+    hashes:int=0 # Sum of the hashes of their ids, modulo 2^64
     @classmethod
     def of(
         cls,
