@@ -54,3 +54,17 @@ def test_the_annotators_are_fair():
     fair,a,b = pd.read_csv(HERE/'fairness.csv'),*(inspect.signature(f).parameters for f in (fairness, demo))
     assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and set(fair.voice)=={b['voice'].default}
     assert all(a[k].default==b[k].default for k in ('size', 'batch_size', 'voice'))
+
+def test_ranks_train_and_one_process_examines(tmp_path, monkeypatch):
+    "A finished teacher is not trained again; under torchrun nobody examines it, since the others would be waited for"
+    import sdlab.lab.pocket as P
+    (tmp_path/'teacher').mkdir()
+    (tmp_path/'teacher'/'how.txt').write_text('made before')
+    seen = []
+    monkeypatch.setattr(P, 'load', lambda p: p)
+    monkeypatch.setattr(P, 'certify', lambda *args: seen.append(args))
+    monkeypatch.setattr(P, 'train', lambda *args, **kwargs: pytest.fail('it was trained again'))
+    monkeypatch.setenv('WORLD_SIZE', '2'); P.main(tmp_path)
+    assert not seen
+    monkeypatch.setenv('WORLD_SIZE', '1'); P.main(tmp_path, n=7)
+    assert seen==[(tmp_path/'teacher', tmp_path/'teacher', 'made before', 7)]

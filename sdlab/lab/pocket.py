@@ -288,12 +288,16 @@ def main(
     n=500,             # Items of each task in the certificate
 ):
     "Train the pocket teacher from its seed, examine it, and write weights, log, certificate and card"
-    t,out = time.time(),Path(out)
+    out,teacher = Path(out),Path(out)/'teacher'
+    if not (teacher/'how.txt').exists(): _made(out, teacher, steps, seed)
+    if int(os.environ.get('WORLD_SIZE', 1))==1: certify(load(teacher), teacher, (teacher/'how.txt').read_text(), n)
+
+def _made(out, teacher, steps, seed): # Train and ship; `how.txt` is written last and says that it is done
+    t,ranks = time.time(),os.environ.get('WORLD_SIZE', 1)
     trainer = train(out/'checkpoints', steps, seed=seed)
     if not trainer.is_world_process_zero(): return
-    lm = ship(trainer.model, trainer.processing_class, trainer.state.log_history, out/'teacher')
-    how = f'Trained from seed {seed} by `python -m sdlab.lab.pocket`: {steps} steps of 4096 tokens, {(time.time()-t)/60:.0f} minutes, {os.environ.get("WORLD_SIZE", 1)} processes of {torch.get_num_threads()} threads ({lm.device.type}).'
-    certify(lm, out/'teacher', how, n)
+    ship(trainer.model, trainer.processing_class, trainer.state.log_history, teacher)
+    (teacher/'how.txt').write_text(f'Trained from seed {seed} by `python -m sdlab.lab.pocket`: {steps} steps of 4096 tokens, {(time.time()-t)/60:.0f} minutes, {ranks} processes of {torch.get_num_threads()} threads.')
 
 def certify(
     lm,     # The teacher
