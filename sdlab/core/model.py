@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache,DynamicLayer,DynamicSlidingWindowLayer
 from .plan import _runs,_strip
 from .data import collate,completion_ids,context,decode,prompt_ids,stop_ids
 
@@ -221,16 +222,41 @@ def _pick(
     return ids.gather(-1, at[:,None])[:,0]
 
 # %% ../../nbs/core/03_model.ipynb #c031
+class _Roomy(DynamicLayer):
+    "Keys and values (B, H, T, D) with room behind them: a step writes its column and copies nothing"
+    room = None # The two tensors of which keys and values are the beginning
+
+    def update(self, keys, values, *args, **kwargs):
+        "What is there with `keys` and `values` behind it"
+        if not self.is_initialized: self.lazy_initialization(keys, values)
+        t = self.get_seq_length()
+        T = t+keys.shape[-2]
+        if self.room is None or self.room[0].shape[-2]<T: self.room = [_widened(*o, T+64) for o in ((self.keys, keys), (self.values, values))]
+        for room,new in zip(self.room, (keys, values)): room[:len(new),:,t:T] = new
+        self.keys,self.values = (o[:len(keys),:,:T] for o in self.room)
+        return self.keys,self.values
+
+def _widened(
+    was, # What is there, shape (B, H, T, D), or nothing
+    new, # What comes behind it
+    T,   # Columns wanted
+):
+    "A tensor with `T` columns that begins with `was`"
+    wide = new.new_empty(*new.shape[:2], T, new.shape[-1])
+    if was.numel(): wide[:,:,:was.shape[-2]] = was
+    return wide
+
+# %% ../../nbs/core/03_model.ipynb #c035
 def _cache(
     model, # Causal language model
 ):         # An empty cache, or None
     "A cache whose rows can be taken out and joined; None where the model keeps more than keys and values"
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer,DynamicSlidingWindowLayer
     if 'past_key_values' not in inspect.signature(model.forward).parameters: return None
     try: cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     except Exception: return None
-    return cache if cache.layers and all(type(o) in (DynamicLayer,DynamicSlidingWindowLayer) for o in cache.layers) else None
+    if not cache.layers or any(type(o) not in (DynamicLayer,DynamicSlidingWindowLayer) for o in cache.layers): return None
+    cache.layers = [o if o.is_sliding else _Roomy() for o in cache.layers]
+    return cache
 
 def _fit(
     layer, # Layer of a cache
@@ -238,6 +264,7 @@ def _fit(
 ):
     "`layer` with `T` columns, as if there had been that much padding on the left"
     t = min(T, layer.sliding_window-1) if layer.is_sliding else T
+    layer.room = None # other tensors from here on
     layer.keys,layer.values = (nn.functional.pad(o, (0,0,t-o.shape[-2],0)) for o in (layer.keys, layer.values))
     if layer.is_sliding: layer.cumulative_length = T
 
@@ -246,11 +273,16 @@ class _Rows:
     def __init__(self, live, x, mask, pos, cache): self.live,self.x,self.mask,self.pos,self.cache = live,x,mask,pos,cache
 
     def keep(self, stay):
-        "Only the rows at the places `stay`"
-        if len(stay)==len(self.live): return self
-        at = torch.tensor(stay, dtype=torch.long, device=self.mask.device)
-        if stay: self.cache.batch_select_indices(at)
-        return _Rows([self.live[k] for k in stay], self.x[at], self.mask[at], self.pos[at], self.cache)
+        "Only the rows at the places `stay`, the last of them moved into the places of those that leave"
+        n,staying = len(stay),set(stay)
+        if n==len(self.live): return self
+        free,late = [k for k in range(n) if k not in staying],[k for k in stay if k>=n]
+        filled = dict(zip(free, late))
+        at,free,late = (torch.tensor(o, dtype=torch.long, device=self.mask.device) for o in ([filled.get(k, k) for k in range(n)], free, late))
+        for o in self.cache.layers:
+            for t in (o.keys, o.values): t[free.to(t.device)] = t[late.to(t.device)]
+            o.keys,o.values = o.keys[:n],o.values[:n]
+        return _Rows([self.live[filled.get(k, k)] for k in range(n)], self.x[at], self.mask[at], self.pos[at], self.cache)
 
     def join(self, o):
         "These and those of `o` as one batch, as narrow as can be"
@@ -262,7 +294,7 @@ class _Rows:
         mask = torch.cat([nn.functional.pad(m, (T-m.shape[1],0)) for m in (self.mask, o.mask)])
         return _Rows(self.live+o.live, torch.cat([self.x, o.x]), mask, torch.cat([self.pos, o.pos]), self.cache)
 
-# %% ../../nbs/core/03_model.ipynb #c033
+# %% ../../nbs/core/03_model.ipynb #c037
 def _finite(logits):
     "Raise rather than answer with noise"
     if not logits.amax(-1).isfinite().all(): raise ValueError('The model gives NaN or infinite logits: look for overflow (float16?) or broken weights before generating')
@@ -292,27 +324,28 @@ def _decode(
             rows = rows.join(step(_Rows(some, b['input_ids'], b['attention_mask'], b['position_ids'], _cache(model))))
         else: rows = step(rows)
 
-# %% ../../nbs/core/03_model.ipynb #c034
+# %% ../../nbs/core/03_model.ipynb #c038
 def _decode_hf(
     model, # Causal language model
-    b,     # Batch of `collate`
-    n,     # Tokens at most
-    stops, # Ids that end an answer
-    pad,   # Id that fills what is behind it
+    new,   # As for `_decode`
+    wait,  # As for `_decode`
+    size,  # As for `_decode`
+    ended, # As for `_decode`
+    limit, # Tokens at most for each row
     seed,  # Of the sampling
-    how,   # temperature, top_p, top_k
-)->list:   # Ids of each row, the stop not among them
+    **how  # Passed to the model's `generate`
+):
     "The same by the model's own `generate`, for models with other kinds of cache"
-    how = dict(do_sample=True, **how) if how['temperature'] else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        got = model.generate(input_ids=b['input_ids'], attention_mask=b['attention_mask'], max_new_tokens=n, eos_token_id=sorted(stops) or None,
-                             pad_token_id=pad, output_logits=True, return_dict_in_generate=True, **how)
-    for o in got.logits: _finite(o)
-    rows = got.sequences[:,b['input_ids'].shape[1]:].tolist()
-    return [r[:next((j for j,t in enumerate(r) if t in stops), len(r))] for r in rows]
+    for some in (wait[a:a+size] for a in range(0, len(wait), size)):
+        b = new(some)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            got = model.generate(input_ids=b['input_ids'], attention_mask=b['attention_mask'], max_new_tokens=max(limit[i] for i in some),
+                                 output_logits=True, return_dict_in_generate=True, **how)
+        for o in got.logits: _finite(o)
+        for i,row in zip(some, got.sequences[:,b['input_ids'].shape[1]:].tolist()): any(ended(i, t) for t in row)
 
-# %% ../../nbs/core/03_model.ipynb #c035
+# %% ../../nbs/core/03_model.ipynb #c039
 def _asked(lm, prompts, prefill, max_new_tokens):
     "Ids of every prompt, and how many tokens each may be answered with, before anything is run"
     if isinstance(prompts, (str,dict)) or not hasattr(prompts, '__iter__'): raise TypeError('`prompts` must be a list of prompts; for a single one use `lm.reply(prompt)`')
@@ -333,7 +366,7 @@ def _uniforms(ids, limit, seed):
         seen[tuple(o)] += 1
     return us
 
-# %% ../../nbs/core/03_model.ipynb #c036
+# %% ../../nbs/core/03_model.ipynb #c040
 def generate(
     lm,                 # LM
     prompts,            # List of prompts, each a string or a conversation (list of {role, content})
@@ -355,24 +388,20 @@ def generate(
     order,new,out = sorted(range(len(ids)), key=lambda i: -len(ids[i])),[[] for _ in ids],[None]*len(ids)
     def batch(rows): return {k:v.to(lm.device) for k,v in collate(tok, [ids[i] for i in rows]).items()}
     def pick(logits, rows): return _pick(logits, torch.stack([us[i][len(new[i])] for i in rows]).to(logits.device) if us else None, **how)
-    def done(i):
+    def ended(i, t):
+        if t not in stops: new[i].append(t)
+        if t not in stops and len(new[i])<limit[i]: return False
         out[i] = decode(tok, new[i])
         bar.update()
         if on_batch: on_batch([(i, out[i])])
-    def ended(i, t):
-        if t not in stops: new[i].append(t)
-        if end := t in stops or len(new[i])>=limit[i]: done(i)
-        return end
+        return True
     with _still(model), tqdm(total=len(ids), disable=not progress, desc='answers') as bar:
         if _cache(model) is not None: _decode(model, batch, order, batch_size, pick, ended)
-        else:
-            for some in (order[a:a+batch_size] for a in range(0, len(order), batch_size)):
-                for i,o in zip(some, _decode_hf(model, batch(some), max(limit[i] for i in some), stops, tok.pad_token_id, seed, how)):
-                    new[i] = o[:limit[i]]
-                    done(i)
+        else: _decode_hf(model, batch, order, batch_size, ended, limit, seed, eos_token_id=sorted(stops) or None, pad_token_id=tok.pad_token_id,
+                         **(how if temperature else dict.fromkeys(how)), do_sample=bool(temperature))
     return out
 
-# %% ../../nbs/core/03_model.ipynb #c046
+# %% ../../nbs/core/03_model.ipynb #c050
 def _cell(v): return escape(f'{v:.4g}' if isinstance(v, float) else str(v)).replace('|', '&#124;').replace('`', '&#96;').replace('\n', ' ')
 
 def _markdown(
@@ -383,7 +412,7 @@ def _markdown(
     line = lambda cells: '| ' + ' | '.join(map(_cell, cells)) + ' |'
     return '\n'.join([line(df.columns), '|' + '---|'*len(df.columns), *map(line, df.itertuples(index=False))])
 
-# %% ../../nbs/core/03_model.ipynb #c047
+# %% ../../nbs/core/03_model.ipynb #c051
 def _step(s):
     "One step of the provenance in words"
     if s.get('op')=='prune': return f'dropped blocks {_runs(s["plan"]["drop"]["block"])} of {s["plan"]["n"]}' + (f' ({_cell(s["plan"]["why"])})' if s['plan'].get('why') else '')
@@ -402,7 +431,7 @@ def _card(
     if prov: about += ['', '## Provenance', '', '```json', json.dumps(prov, indent=1).replace('`', '\\u0060').replace('<', '\\u003c'), '```']
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [sdlab, depth-pruning]', '---', '', f'# {_cell(lm.name)}', '', *about, ''])
 
-# %% ../../nbs/core/03_model.ipynb #c048
+# %% ../../nbs/core/03_model.ipynb #c052
 @contextmanager
 def _silent(
     on=True, # Or leave them
@@ -449,7 +478,7 @@ def _push(lm, repo_id, table, private, token):
         except Exception as e: raise OSError(f'{lm.name} could not be pushed to {repo_id} ({type(e).__name__}: {_line(e)}); are you online, and logged in with `hf auth login`?') from e
     return f'https://huggingface.co/{repo_id}'
 
-# %% ../../nbs/core/03_model.ipynb #c050
+# %% ../../nbs/core/03_model.ipynb #c054
 def _here(
     path, # Where the model should be
 ):
@@ -467,7 +496,7 @@ def _intact(f):
     try: safe_open(f, 'pt').keys()
     except Exception as e: raise ValueError(f'{f} is corrupt or cut short ({_line(e)}); copy or download it again') from None
 
-# %% ../../nbs/core/03_model.ipynb #c051
+# %% ../../nbs/core/03_model.ipynb #c055
 def _source(
     id_or_path, # As for `load`
 )->tuple:       # (what `from_pretrained` takes, name)
@@ -489,7 +518,7 @@ def _tried(what, f, *args, **kwargs):
         if 'safetensors' in str(e): raise ValueError(f'{args[0]} has no weights as safetensors: pickled weights can run code when they are opened, convert them first') from e
         raise OSError(f'{what} of {args[0]} could not be loaded ({type(e).__name__}: {_line(e)})') from e
 
-# %% ../../nbs/core/03_model.ipynb #c052
+# %% ../../nbs/core/03_model.ipynb #c056
 def load(
     id_or_path=None,         # Directory or hub id (default: the pocket teacher that ships inside the package)
     dtype=None,              # torch dtype or its name (default: what the config says)
