@@ -17,6 +17,7 @@ from .measure.importance import *
 from .measure.cka import *
 from .measure.cost import *
 from .compress.depth import *
+from .compress.quality import *
 from .distill.rewrite import *
 from .recover.tune import *
 from .judge.score import *

@@ -85,6 +85,19 @@ def test_meters_of_two_shares_add_up(lm, cut):
     with pytest.raises(TypeError, match='same kind'): Pairs(pair_angles)+Pairs(pair_updates)
 
 
+@pytest.mark.parametrize('wrong', [ValueError, KeyboardInterrupt])
+def test_a_pass_that_breaks_off_leaves_meters_as_they_were(lm, wrong):
+    "Two batches are read before it breaks off: nothing of them is kept, nothing of the pass before is lost"
+    def breaking(bs):
+        yield from bs[:2]
+        raise wrong('in the middle')
+    m, seen, bs = Pairs(pair_angles), Seen(), batches(lm, TEXTS, size=2)
+    scan(lm, bs, m, seen)
+    was, n = m.result().mean.clone(), seen.result()
+    with pytest.raises(wrong): scan(lm, breaking(bs), m, seen)
+    assert torch.equal(m.result().mean, was) and m.result().n==n['texts']==len(TEXTS) and seen.result()==n
+
+
 @pytest.mark.parametrize('fault', [False, True])
 def test_ranks_share_the_texts(fault, tmp_path):
     "Two processes under `torchrun`, each with half of the batches, give the numbers of one; what goes wrong in one is raised in both"

@@ -26,7 +26,7 @@ def _still(
     was = [m for m in model.modules() if m.training]
     for m in was: m.training = False
     try:
-        with torch.inference_mode(): yield model
+        with torch.no_grad(): yield model
     finally:
         for m in was: m.training = True
 
@@ -395,7 +395,7 @@ def generate(
         bar.update()
         if on_batch: on_batch([(i, out[i])])
         return True
-    with _still(model), tqdm(total=len(ids), disable=not progress, desc='answers') as bar:
+    with _still(model), torch.inference_mode(), tqdm(total=len(ids), disable=not progress, desc='answers') as bar:
         if _cache(model) is not None: _decode(model, batch, order, batch_size, pick, ended)
         else: _decode_hf(model, batch, order, batch_size, ended, limit, seed, eos_token_id=sorted(stops) or None, pad_token_id=tok.pad_token_id,
                          **(how if temperature else dict.fromkeys(how)), do_sample=bool(temperature))

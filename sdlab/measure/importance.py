@@ -124,6 +124,10 @@ class Scores:
     def of_spans(self): return self.values.ndim==2
     @property
     def numbers(self): return tuple(range(self.L)) if self.kept is None else self.kept
+    @property
+    def sizes(self):
+        "How many blocks these scores can choose: 1..L-1, unless spans of a few sizes only were measured"
+        return tuple(n for n in range(1, self.L) if not self.of_spans or not self.values[:self.L+1-n,n-1].isnan().any())
 
     def score(
         self,
@@ -141,6 +145,7 @@ class Scores:
     )->Plan:
         "The `n` blocks that matter least, as a plan that says why"
         if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<self.L: raise ValueError(f'Cannot drop {n!r} of {self.L} blocks: a number from 1 to {self.L-1} is needed')
+        if n not in self.sizes: raise ValueError(f'The {self.metric} was measured only for {", ".join(map(str, self.sizes))} blocks, not for {n}')
         drop = self._span(n) if self.of_spans else tuple(sorted(self.values.argsort(stable=True)[:n].tolist()))
         return Plan(self.L, drop, self._why(drop), {'metric':self.metric, 'scores':self._scores(drop), 'texts':self.texts, **self.evidence})
 
@@ -161,6 +166,7 @@ class Scores:
         import pandas as pd
         e = self.stderr if self.stderr is not None else torch.full_like(self.values, float('nan'))
         at = [(l,n) for n in range(1,self.L+1) for l in range(self.L+1-n)] if self.of_spans else [(l,1) for l in range(self.L)]
+        at = [(l,n) for l,n in at if not self.of_spans or not self.values[l,n-1].isnan()]
         pick = lambda m: [m[l,n-1].item() if self.of_spans else m[l].item() for l,n in at]
         return pd.DataFrame({'metric':self.metric, 'first':[l for l,_ in at], 'size':[n for _,n in at], 'value':pick(self.values), 'stderr':pick(e), 'n':self.texts})
 
@@ -175,12 +181,12 @@ class Scores:
         if not self.of_spans: return bars(self.numbers, self.values, ax=ax, err=self.stderr, **{'xlabel':'block', 'ylabel':self.metric, **kwargs})
         grid = torch.cat([torch.full((1,self.L), float('nan')), self.values.T])       # a row for size 0, so that y is the size
         ax = heat(grid, ax=ax, label=self.metric, **{'xlabel':'first block dropped', 'ylabel':'blocks dropped', 'ylim':(.5,self.L+.5), **names, **kwargs})
-        if best: ax.plot([self._span(n)[0] for n in range(1,self.L)], range(1,self.L), 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
+        if best: ax.plot([self._span(n)[0] for n in self.sizes], self.sizes, 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
         return ax
 
     def __repr__(self): return f"{self.metric} of {'spans' if self.of_spans else 'blocks'}, {self.L} blocks, {self.texts} texts"
     def _repr_markdown_(self):
-        rows = [self.best(n) for n in range(1, self.L) if n<=4 or n%2==0][:8]
+        rows = [self.best(n) for n in self.sizes if n<=4 or n%2==0][:8]
         value = lambda p: f'{self.score(p.drop[0], len(p.drop))[0]:.3g}' if self.of_spans else f'{self.values[list(p.drop)].max():.3g}'
         return '\n'.join([f'**{self!r}**; best to drop', '', '| blocks | which | score |', '|---|---|---|', *(f'| {len(p.drop)} | `{_strip(p.keep, p.n)}` | {value(p)} |' for p in rows)])
 

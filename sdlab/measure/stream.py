@@ -13,6 +13,7 @@ from dataclasses import dataclass,field
 from functools import reduce
 import torch
 import torch.nn.functional as F
+from ..core.model import _still
 
 # %% ../../nbs/measure/10_stream.ipynb #c007
 def _entering(args, kwargs):
@@ -114,16 +115,6 @@ class PerText:
         return torch.cat(self.parts)
 
 # %% ../../nbs/measure/10_stream.ipynb #c020
-@contextmanager
-def _still(model):
-    "Inside, dropout is off; afterwards every module is in the mode it was in"
-    awake = [m for m in model.modules() if m.training]
-    for m in awake: m.training = False
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m in awake: m.training = True
-
 def _call(net, batch, device):
     "One forward pass of `net`, without a cache"
     named = inspect.signature(net.forward).parameters
@@ -190,12 +181,14 @@ def _share(batches):
     return bs[a:b], sum(len(o['input_ids']) for o in bs[:a])
 
 def _together(meters, before, texts, wrong):
-    "Give every process the tallies of all, added to those from `before`, and the number of texts; raise everywhere what went wrong anywhere"
+    "Give every process the tallies of all, added to those from `before`, and the number of texts; raise everywhere what went wrong anywhere, with the tallies as they were before"
     got = [(wrong, [m.tally for m in meters], texts)]
     if (n := _ranks()[1])>1:
         mine,got = got[0],[None]*n
         torch.distributed.all_gather_object(got, mine)
-    if bad := next((w for w,_,_ in got if w), None): raise bad
+    if bad := next((w for w,_,_ in got if w), None):
+        for m,t in zip(meters, before): m.tally = t
+        raise bad
     for m,*ts in zip(meters, before, *(t for _,t,_ in got)): m.tally = reduce(operator.add, ts)
     return sum(t for *_,t in got)
 
@@ -207,11 +200,15 @@ def scan(
     progress=False,   # Show a bar?
     max_logits=2**27, # If a meter asks for logits: at most so many at once (rows x tokens x vocabulary); 2^27 are 0.5 GB in float32
 )->tuple:             # One result per meter, in their order
-    "Show every batch to all `meters` in one pass through the blocks of `lm`"
+    """Show every batch to all `meters` in one pass through the blocks of `lm`.
+
+    In a process group (`torchrun`, `accelerate launch`) all ranks must call it, with the same batches: each reads its share,
+    and each is given the results for all texts. Raises ValueError if there are no texts, if one is empty, and, with the block
+    and the text named, if activations are NaN or infinite; meters then keep what they had before."""
     (mine,row),before,wrong,texts = _share(batches),[m.tally for m in meters],None,0
     for m in meters: m.tally = type(m.tally)()
     try: texts = _pass(lm, _bar(mine, progress), meters, row, max_logits)
-    except Exception as e: wrong = e
+    except BaseException as e: wrong = e # Ctrl-C, too
     if not _together(meters, before, texts, wrong): raise ValueError('There are no texts to measure on: the list of batches is empty')
     return tuple(m.result() for m in meters)
 
