@@ -52,8 +52,9 @@ def test_the_annotators_are_fair():
     from sdlab.lab.pocket import fairness
     from sdlab.lab.study import demo
     fair,a,b = pd.read_csv(HERE/'fairness.csv'),*(inspect.signature(f).parameters for f in (fairness, demo))
-    assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and set(fair.voice)=={b['voice'].default}
-    assert all(a[k].default==b[k].default for k in ('size', 'batch_size', 'voice'))
+    assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and not fair.duplicated(['task', 'voice']).any()
+    assert set(fair.voice)==set(a['voices'].default)>={b['voice'].default} and len(fair)==12
+    assert all(a[k].default==b[k].default for k in ('size', 'batch_size'))
 
 def test_ranks_train_and_one_process_examines(tmp_path, monkeypatch):
     "A finished teacher is not trained again; under torchrun nobody examines it, since the others would be waited for"

@@ -107,7 +107,7 @@ def _order_say(item, voice):
     pairs,chain,word,ans = item['pairs'],item['chain'],item['word'],item['answer']
     if voice==0: return ' '.join([*(f'{x} > {y}.' for x,y in pairs), f"So {' > '.join(chain)}. The {word} is {ans}."])
     if voice==1: return ' '.join([*(f'{x} > {y},' for x,y in pairs), f"which gives {' > '.join(chain)}. {ans} is {word}."])
-    if voice==2: return ' '.join([*(f'{x} above {y}.' for x,y in pairs), f"In a row: {', '.join(chain)}. {ans} is {word}."])
+    if voice==2: return ' '.join([*(f'{x} above {y},' for x,y in pairs), f"which gives {' > '.join(chain)}. {ans} is {word}."])
     return ' '.join([*(f'{y} is below {x}.' for x,y in pairs), f"From the bottom up: {', '.join(chain[::-1])}. {ans} must be {word}."])
 
 # %% ../../nbs/core/05_pocket.ipynb #c013

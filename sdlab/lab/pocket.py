@@ -190,7 +190,7 @@ def passed(
 # %% ../../nbs/lab/63_pocket.ipynb #c021
 def fairness(
     lm,         # The teacher
-    voice=3,    # Whose answers it is tuned on
+    voices=VOICES[1:], # Whose answers it is tuned on
     n=200,      # Items of each task to judge on
     size=800,   # Rows; this many in steps of `batch_size` for two epochs is the budget of the demo
     lrs=(5e-4, 1e-3), # Peak learning rates; the better one on the calibration side is judged
@@ -199,12 +199,12 @@ def fairness(
 ):              # `DataFrame` like the certificate's, and `voice`, `lr`
     "What the unpruned teacher scores on a task after tuning on that task in another voice"
     import pandas as pd
-    def tuned(t, lr): return tune(lm, pocket_rows(t, size, voice, seed=seed), lr=lr, batch_size=batch_size, seed=seed, progress=False)
-    def line(t, task):
-        tries,look = {lr:tuned(t, lr) for lr in lrs},pocket_tasks(60, 'calibration', seed)[t]
+    def tuned(t, v, lr): return tune(lm, pocket_rows(t, size, v, seed=seed), lr=lr, batch_size=batch_size, seed=seed, progress=False)
+    def line(t, v, task):
+        tries,look = {lr:tuned(t, v, lr) for lr in lrs},pocket_tasks(60, 'calibration', seed)[t]
         lr = max(lrs, key=lambda o: score(tries[o], look)['score'].mean())
-        return dict(_mark(tries[lr], task, 90), voice=voice, lr=lr)
-    return pd.DataFrame([line(t, o) for t,o in pocket_tasks(n, seed=seed).items() if t!='stories'])
+        return dict(_mark(tries[lr], task, 90), voice=v, lr=lr)
+    return pd.DataFrame([line(t, v, o) for v in voices for t,o in pocket_tasks(n, seed=seed).items() if t!='stories'])
 
 # %% ../../nbs/lab/63_pocket.ipynb #c023
 def decline(
@@ -268,7 +268,7 @@ Held-out items, greedy, weights as stored; intervals are Wilson's, 95 %.
 
 ## Are the annotators fair?
 
-The unpruned teacher tuned on 800 rows of a task in the farthest voice, with the demo's budget, and asked that task.
+The unpruned teacher tuned on 800 rows of a task in an annotator's voice (3 is the farthest), with the demo's budget, and asked that task.
 
 {_markdown(fair)}
 
