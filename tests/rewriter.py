@@ -11,10 +11,17 @@ class Teacher: # all of an LM that rewrite needs when `generate` is replaced
         self.tokenizer, self.fingerprint, self.model, self.config = toy(chat=chat), name, None, None
         self.tokenizer.model_max_length = length
 
+_said, _prompt_ids = {}, R.prompt_ids
+def noted(tok, prompt):
+    "`prompt_ids`, remembered, so that the ids which `generate` is given can be read"
+    ids = _prompt_ids(tok, prompt)
+    _said[tuple(ids)] = prompt
+    return ids
+
 def answers(say, wait=0, asked=None):
-    "A `generate` that answers at once with `say(prompt)`, and notes what it was asked"
+    "A `generate` that answers at once with `say(prompt)`, and notes what it was asked; goes with `noted`"
     def generate(lm, prompts, max_new_tokens, batch_size=64, prefill='', on_batch=None, **how):
-        for i,p in enumerate(prompts):
+        for i,p in enumerate(_said[tuple(o)] for o in prompts):
             if asked: asked(p)
             time.sleep(wait)
             t = say(p)
@@ -28,6 +35,6 @@ if __name__=='__main__':
     out, wait, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     rank = os.environ.get('RANK', '0')
     log = open(Path(out).parent/f'asked-{rank}.txt', 'a', buffering=1)
-    R.generate = answers(right, wait, lambda p: log.write(p+'\n'))
+    R.prompt_ids, R.generate = noted, answers(right, wait, lambda p: log.write(p+'\n'))
     ds = R.rewrite(Teacher(), numbered(n), template='{prompt} is {reference}', out=out, progress=False, patience=60)
     print(json.dumps(dict(rank=rank, rows=len(ds), fingerprint=fingerprint(ds), kept=ds['source'].count('teacher'))))

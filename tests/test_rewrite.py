@@ -5,7 +5,7 @@ import pytest
 import sdlab.distill.rewrite as R
 from sdlab.core.data import Text, fingerprint, rows
 from sdlab.distill.rewrite import TEMPLATES, Template, ledger, rewrite, summary, verdict
-from rewriter import Teacher, answers, numbered, right
+from rewriter import Teacher, answers, noted, numbered, right
 from toys import CHATML
 
 SCRIPT = Path(__file__).with_name('rewriter.py')
@@ -16,6 +16,7 @@ def say(monkeypatch):
     "Replace the teacher's generation; gives back the list of what was asked"
     def use(f):
         asked = []
+        monkeypatch.setattr(R, 'prompt_ids', noted)
         monkeypatch.setattr(R, 'generate', answers(f, asked=asked.append))
         return asked
     return use

@@ -219,9 +219,10 @@ def _messages(prompt): return [dict(role='user', content=prompt)] if isinstance(
 
 def prompt_ids(
     tok,    # Tokenizer
-    prompt, # The question: a string, or messages (list of {role, content})
+    prompt, # The question: a string, messages (list of {role, content}), or token ids, which are taken as they are
 )->list:    # Token ids, BOS once
     "The ids a model is asked with: by the chat template where there is one, else the plain text"
+    if isinstance(prompt, (list,tuple)) and prompt and isinstance(prompt[0], int): return list(prompt)
     if not tok.chat_template: return _once(_ids(tok, prompt if isinstance(prompt, str) else '\n\n'.join(m['content'] for m in prompt)), _bos(tok))
     ids = _chat(tok, _messages(prompt), add_generation_prompt=True, sanitize_control_tokens=True, tokenizer_kwargs=dict(verbose=False))
     return _once(ids, _bos(tok)) if _bos(tok) and ids[:1]==_bos(tok) else ids

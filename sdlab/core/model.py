@@ -174,12 +174,12 @@ class LM:
     def stops(self): return stop_ids(self.tokenizer, getattr(self.model, 'generation_config', None))
 
     def reply(self,
-        prompt,             # A string, a conversation (list of {role, content}), or a list of either
+        prompt,             # A string, a conversation (list of {role, content}), token ids, or a list of any of these
         max_new_tokens=256, # Tokens at most per answer
         **kwargs            # Passed to `generate`
     ):                      # A string, or a list of them
         "What the model answers"
-        one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], dict)
+        one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], (dict,int))
         out = generate(self, [prompt] if one else prompt, max_new_tokens, **kwargs)
         return out[0] if one else out
 
@@ -369,7 +369,7 @@ def _uniforms(ids, limit, seed):
 # %% ../../nbs/core/03_model.ipynb #c040
 def generate(
     lm,                 # LM
-    prompts,            # List of prompts, each a string or a conversation (list of {role, content})
+    prompts,            # List of prompts, each a string, a conversation (list of {role, content}), or token ids as `prompt_ids` makes them
     max_new_tokens=256, # Tokens at most per answer
     batch_size=64,      # Rows at once
     temperature=0.,     # 0: greedy; else sampling

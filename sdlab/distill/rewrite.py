@@ -197,10 +197,10 @@ def _pairs(lm, ds, share):
     return [_part(lm.tokenizer, t, share, room and room-2) for t in ds['text']]
 
 def _rooms(lm, asks, refs, prefill):
-    "Tokens that the context leaves for each answer, and tokens that its reference takes"
+    "Tokens that the context leaves for the answer to each of `asks` (token ids), and tokens that its reference takes"
     tok,room = lm.tokenizer, context(lm) or 10**9
     fill = len(completion_ids(tok, prefill, end=False)) if prefill else 0
-    return [room-fill-len(prompt_ids(tok, a)) for a in asks], [len(completion_ids(tok, r)) for r in refs]
+    return [room-fill-len(a) for a in asks], [len(completion_ids(tok, r)) for r in refs]
 
 # %% ../../nbs/distill/30_rewrite.ipynb #c020
 def _trim(tok, text, cap):
@@ -237,7 +237,7 @@ def _settings(lm, tpl, n, temperature, top_p, top_k, seed):
 def _ask_all(lm, todo, tpl, n, texts, save, **how):
     "Have the teacher answer every row of `todo` (key -> (prompt, reference)); each is given to `save` as it is finished"
     keys,pairs = list(todo), list(todo.values())
-    asks = [tpl.ask(*p) for p in pairs]
+    asks = [prompt_ids(lm.tokenizer, tpl.ask(*p)) for p in pairs]
     left,need = _rooms(lm, asks, [r for _,r in pairs], tpl.prefill)
     fits = [i for i,(l,d) in enumerate(zip(left, need)) if l>=min(n, d)]
     save([_misfit(keys[i], pairs[i]) for i in sorted(set(range(len(keys)))-set(fits))])
