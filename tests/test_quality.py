@@ -67,11 +67,26 @@ def test_dropout_stays_off():
     assert torch.equal(quality(gpt, bs, sizes=(1,))['loss'].values.nan_to_num(), calm.nan_to_num())
 
 
+def test_one_size(lm):
+    bs = batches(lm, TEXTS)
+    assert torch.equal(quality(lm, bs, sizes=2)['kl'].values[:, 1].nan_to_num(), quality(lm, bs, sizes=(2,))['kl'].values[:, 1].nan_to_num())
+
+
+def test_a_cut_model_that_overflows(lm, monkeypatch):
+    "The whole model is sound, one without some blocks is not: which blocks, which text"
+    def broken(tail, path, h, b, empty):
+        out = _replay(tail, path, h, b, empty)
+        return out.masked_fill(b['row'][:, None, None]==2, float('nan')) if empty else out
+    monkeypatch.setattr('sdlab.compress.quality._replay', broken)
+    with pytest.raises(ValueError, match='Without blocks 4 to 5 the model gives NaN or infinite logits for text 2'): quality(lm, batches(lm, TEXTS, size=4), sizes=(2,))
+
+
 def test_refusals(lm):
     bs = batches(lm, TEXTS)
     for bad in ((0,), (L,), (True,), (1, 2.)):
         with pytest.raises(ValueError, match='sizes go from 1 to 5'): quality(lm, bs, sizes=bad)
     with pytest.raises(ValueError, match='`sizes` is empty'): quality(lm, bs, sizes=())
+    with pytest.raises(ValueError, match='sizes go from 1 to 5'): quality(lm, bs, sizes=6)
     with pytest.raises(ValueError, match='no texts'): quality(lm, [], sizes=(1,))
     with pytest.raises(ValueError, match='only for 2 blocks, not for 1'): quality(lm, bs, sizes=(2,))['kl'].best(1)
     list(lm.blocks[3].parameters())[0].data.view(-1)[0] = float('nan')

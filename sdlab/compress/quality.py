@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 import torch
 from ..core.plan import Plan
-from ..measure.stream import Meter,Seen,Tally,counted_tokens,scan,token_kl,token_nll,_call
+from ..measure.stream import Meter,Seen,Tally,scan,token_kl,token_nll,_call,_text_mean
 from ..measure.importance import Scores,_scored
 from .depth import without,_fed
 
@@ -23,7 +23,7 @@ def _tail(
     return without(lm, Plan(lm.n, range(min(e, lm.n-1)))).model.eval()
 
 @contextmanager
-def _leaving(
+def _giving(
     block, # Residual block
     h,     # Stream, shape (B, T, d)
 ):
@@ -41,31 +41,23 @@ def _replay(
 ):         # Logits, shape (B, T, V)
     "Logits of a model that goes from `h` straight to this tail"
     first = tail.get_submodule(path)[0]
-    with _leaving(first, h) if empty else _fed([first], [h]): return _call(tail, batch, h.device).logits
+    with _giving(first, h) if empty else _fed([first], [h]): return _call(tail, batch, h.device).logits
 
 # %% ../../nbs/compress/21_quality.ipynb #c009
-def _mean(
-    x,     # A value per prediction, shape (B, T-1)
-    batch, # The batch
-):         # Mean over what counts, per text, shape (B,), float64
-    "One number per text"
-    m = counted_tokens(batch).cpu()
-    return x.cpu().double().masked_fill(~m, 0).sum(-1)/m.sum(-1).clamp(min=1)
-
 class Replay(Meter):
     "Mean over texts of the loss without each span, and of the divergence from the whole model, shape (2, L+1, L+1), entry (l, e) for blocks l..e-1"
     logits = True
     def __init__(
         self,
         lm,         # The whole model, an `LM`
-        sizes=None, # Blocks in a span, a sequence of numbers from 1 to L-1 (default: all)
+        sizes=None, # Blocks in a span: a number from 1 to L-1, or several (default: all)
     ):
         super().__init__()
         self.sizes = _sizes(lm, sizes)
         self._path,self._spans = lm.path,[(l, l+n) for n in self.sizes for l in range(lm.n+1-n)]
-        self._tails = {e:_tail(lm, e) for e in sorted({e for _,e in self._spans})}
+        self._tails = {e:_tail(lm, e) for e in {e for _,e in self._spans}}
 
-    def start(self, lm, batch): self._h,self._n = [],lm.n
+    def start(self, lm, batch): self._h = []
     def see(self, l, h, batch): self._h.append(h)
     def end(self, batch, logits=None):
         hs,self._h = self._h,[]
@@ -73,30 +65,37 @@ class Replay(Meter):
 
     def _values(self, hs, batch, p):
         "Loss and divergence of each text of a batch without each span, shape (B, 2, L+1, L+1), NaN where nothing was asked"
-        out = torch.full((len(p), 2, len(hs), len(hs)), float('nan'), dtype=torch.float64)
-        def put(l, e, q): out[:,0,l,e],out[:,1,l,e] = _mean(token_nll(q, batch['input_ids']), batch),_mean(token_kl(p, q)[:,:-1], batch)
+        out,ids = torch.full((len(p), 2, len(hs), len(hs)), float('nan'), dtype=torch.float64),batch['input_ids']
+        def put(l, e, q): out[:,:,l,e] = _sound(torch.stack([_text_mean(token_nll(q, ids), batch), _text_mean(token_kl(p, q)[:,:-1], batch)], -1), l, e, batch)
         put(0, 0, p)
-        for l,e in self._spans: put(l, e, _replay(self._tails[e], self._path, hs[l], batch, e==self._n))
+        for l,e in self._spans: put(l, e, _replay(self._tails[e], self._path, hs[l], batch, e==len(hs)-1))
         return out
+
+def _sound(x, l, e, batch):
+    "`x`, a row of numbers for each text, unless a model without blocks l..e-1 breaks on one of them"
+    if len(bad := (~x.isfinite()).any(-1).nonzero()):
+        raise ValueError(f"Without blocks {l} to {e-1} the model gives NaN or infinite logits for text {batch['row'][bad[0,0]]}: load it with another dtype (float32, bfloat16), or leave out that size")
+    return x
 
 def _sizes(lm, sizes):
     "Sizes of spans, ascending"
-    sizes = range(1, lm.n) if sizes is None else sorted(set(sizes))
+    sizes = range(1, lm.n) if sizes is None else [sizes] if isinstance(sizes, int) else sorted(set(sizes))
     if bad := [n for n in sizes if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<lm.n]: raise ValueError(f'Cannot drop {bad[0]!r} of {lm.n} blocks: sizes go from 1 to {lm.n-1}')
     if not sizes: raise ValueError(f'`sizes` is empty: say which sizes of span to try, from 1 to {lm.n-1}')
     return tuple(sizes)
 
+# %% ../../nbs/compress/21_quality.ipynb #c011
 def quality(
     lm,             # The model, an `LM`; left as it was found
     batches,        # Batches of texts, from `batches(lm, texts)`; with a `completion_mask` only the answers count
-    sizes=None,     # Sizes of span to try, 1..L-1 (default: all of them); with many blocks, name the few that you consider
+    sizes=None,     # Size of span to try, 1..L-1, or several (default: all of them); with many blocks, name the few that you consider
     progress=False, # Show a bar?
 )->dict:            # {'loss':, 'kl':} -> `Scores` of spans, in nats per token; `evidence['whole']` is the loss of the whole model
     """Loss without every span of blocks, and KL divergence from the whole model, exactly and from one reading of the texts.
 
     A batch costs its own pass, `e` replays of blocks e..L-1 for every end e of a span, and one head for every span: with all sizes
     L(L²-1)/6 blocks and L(L+1)/2 heads, half the blocks of cutting each span and reading the texts again. Streams are kept for one batch.
-    Raises ValueError for a size outside the model, and what `scan` and `without` raise."""
+    Raises ValueError for a size outside the model, for a cut model that overflows, and what `scan` and `without` raise."""
     meter = Replay(lm, sizes)
     tally,seen = scan(lm, batches, meter, Seen(), progress=progress)
     whole = dict(whole=tally.mean[0,0,0].item())

@@ -9,11 +9,11 @@ __all__ = ['find_blocks', 'LM', 'generate', 'load']
 import copy,hashlib,inspect,json,os,re,shutil,tempfile
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache,DynamicLayer,DynamicSlidingWindowLayer
 from .plan import _runs,_strip
 from .data import collate,completion_ids,context,decode,prompt_ids,stop_ids
 
@@ -222,19 +222,20 @@ def _pick(
     return ids.gather(-1, at[:,None])[:,0]
 
 # %% ../../nbs/core/03_model.ipynb #c031
-class _Roomy(DynamicLayer):
-    "Keys and values (B, H, T, D) with room behind them: a step writes its column and copies nothing"
-    room = None # The two tensors of which keys and values are the beginning
-
-    def update(self, keys, values, *args, **kwargs):
-        "What is there with `keys` and `values` behind it"
-        if not self.is_initialized: self.lazy_initialization(keys, values)
-        t = self.get_seq_length()
-        T = t+keys.shape[-2]
-        if self.room is None or self.room[0].shape[-2]<T: self.room = [_widened(*o, T+64) for o in ((self.keys, keys), (self.values, values))]
-        for room,new in zip(self.room, (keys, values)): room[:len(new),:,t:T] = new
-        self.keys,self.values = (o[:len(keys),:,:T] for o in self.room)
-        return self.keys,self.values
+def _append(
+    layer,  # Layer of a cache; its `room` holds the two tensors of which its keys and values are the beginning, or None
+    keys,   # Of the new tokens, shape (B, H, T, D)
+    values, # Of the new tokens
+    *args, **kwargs # Of the layer's own `update`, not used here
+):          # All keys, all values
+    "A layer's `update` that writes into the room behind keys and values, and copies them only when there is none left"
+    if not layer.is_initialized: layer.lazy_initialization(keys, values)
+    t = layer.get_seq_length()
+    T = t+keys.shape[-2]
+    if layer.room is None or layer.room[0].shape[-2]<T: layer.room = [_widened(*o, T+64) for o in ((layer.keys, keys), (layer.values, values))]
+    for room,new in zip(layer.room, (keys, values)): room[:len(new),:,t:T] = new
+    layer.keys,layer.values = (o[:len(keys),:,:T] for o in layer.room)
+    return layer.keys,layer.values
 
 def _widened(
     was, # What is there, shape (B, H, T, D), or nothing
@@ -251,11 +252,13 @@ def _cache(
     model, # Causal language model
 ):         # An empty cache, or None
     "A cache whose rows can be taken out and joined; None where the model keeps more than keys and values"
+    from transformers.cache_utils import DynamicCache,DynamicLayer,DynamicSlidingWindowLayer
     if 'past_key_values' not in inspect.signature(model.forward).parameters: return None
     try: cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     except Exception: return None
     if not cache.layers or any(type(o) not in (DynamicLayer,DynamicSlidingWindowLayer) for o in cache.layers): return None
-    cache.layers = [o if o.is_sliding else _Roomy() for o in cache.layers]
+    for o in cache.layers:
+        if not o.is_sliding: o.room,o.update = None,partial(_append, o)
     return cache
 
 def _fit(

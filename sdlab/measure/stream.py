@@ -303,6 +303,14 @@ def token_kl(
     return torch.cat([kl(a, b) for a,b in zip(p.flatten(0,1).split(n), q.flatten(0,1).split(n))]).view(p.shape[:2])
 
 # %% ../../nbs/measure/10_stream.ipynb #c055
+def _text_mean(
+    x,     # A value per prediction, shape (B, T-1)
+    batch, # The batch
+):         # Shape (B,), float64
+    "The mean of each text over the predictions that count"
+    m = counted_tokens(batch).cpu()
+    return as_double(x).cpu().masked_fill(~m, 0).sum(-1)/m.sum(-1).clamp(min=1)
+
 class Divergence(Meter):
     "Mean over tokens of KL(reference || model), per text"
     logits = True
@@ -314,5 +322,4 @@ class Divergence(Meter):
         if lm.vocab!=self.reference.vocab: raise ValueError(f'The models have different vocabularies ({lm.vocab} and {self.reference.vocab} tokens): their predictions cannot be compared token by token; compare answers or CKA instead')
     def end(self, batch, logits=None):
         with _still(self.reference.model): p = _forward(self.reference, batch, logits=True)
-        kl,m = token_kl(p, logits)[:,:-1].cpu().double(),counted_tokens(batch).cpu()
-        self.tally += Tally.of(kl.masked_fill(~m, 0).sum(-1)/m.sum(-1).clamp(min=1))
+        self.tally += Tally.of(_text_mean(token_kl(p, logits)[:,:-1], batch))

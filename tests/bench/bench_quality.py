@@ -14,7 +14,7 @@ def usual(lm, batches):
         for l in range(lm.n+1-n): scan(without(lm, Plan(lm.n, range(l, l+n))), batches, Likelihood(), Divergence(lm))
 
 def reads(lm, batches):
-    "The whole model with its head, as often as replay must run it: L(L+1)/2 heads and L(L²-1)/6 blocks are the limit"
+    "One pass of the whole model, head included: the unit. The limit of replay is L(L+1)/2 heads and L(L²-1)/6 blocks"
     with torch.no_grad():
         for b in batches: lm.model(**{k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}, use_cache=False)
 
