@@ -172,16 +172,20 @@ class Kernels:
     name:str            # Of the model
     dtype:torch.dtype   # Of the model, which says how well its numbers are known
     made:tuple          # (fingerprint of the texts, pool, group, seed, unbiased): must be equal to be compared
+    points:torch.Tensor=None # The texts' points in the order of the source, shape (A, n, d), if they were asked for
 
     def __repr__(self): return f'Kernels of {self.name}: {len(self.layers)} layers, {sum(self.groups)} texts in {len(self.groups)} groups'
 
 def _layers(lm): return (*lm.kept, lm.teacher_n) if not isinstance(lm, Kernels) else lm.layers
 
-def _parts(lm, texts, groups, pool, batch_size, unbiased):
-    "One `_Kernel` per group; from a model they are made when asked for"
-    if isinstance(lm, Kernels): return iter(lm.parts)
+def _clouds(lm, texts, groups, pool, batch_size):
+    "The points of each group, made when asked for"
     enc = encoded(lm, texts, end=False)                     # the last token should be a word of the text
-    return (_kernel(_points(lm, enc, idx, pool, batch_size), unbiased) for idx in groups)
+    return (_points(lm, enc, idx, pool, batch_size) for idx in groups)
+
+def _parts(lm, texts, groups, pool, batch_size, unbiased):
+    "One `_Kernel` per group"
+    return iter(lm.parts) if isinstance(lm, Kernels) else (_kernel(x, unbiased) for x in _clouds(lm, texts, groups, pool, batch_size))
 
 def _plan(source, group, seed, pool, unbiased):
     "Texts, their groups, and what makes two runs comparable"
@@ -197,11 +201,16 @@ def kernels(
     batch_size=32, # Texts run at once; does not enter the result
     seed=0,        # Of the groups
     unbiased=True, # Song's estimate, or the biased one
+    points=False,  # Keep the points of the texts, too?
 )->Kernels:        # Stands in for the model in `cka`
     "What `lm` contributes to its CKA with any other model"
     texts,groups,made = _plan(source, group, seed, pool, unbiased)
-    parts = tuple(_Kernel(k.rows.cpu(), k.spread, k.size) for k in _parts(lm, texts, groups, pool, batch_size, unbiased))
-    return Kernels(parts, tuple(map(len, groups)), _layers(lm), lm.name, lm.dtype, made)
+    parts,kept,back = [],[],torch.tensor(sum(groups, [])).argsort()
+    for x in _clouds(lm, texts, groups, pool, batch_size):
+        k = _kernel(x, unbiased)
+        parts.append(_Kernel(k.rows.cpu(), k.spread, k.size))
+        if points: kept.append(x.cpu())
+    return Kernels(tuple(parts), tuple(map(len, groups)), _layers(lm), lm.name, lm.dtype, made, torch.cat(kept, 1)[:,back] if points else None)
 
 # %% ../../nbs/measure/12_cka.ipynb #c029
 def _why_blank(flat, layers, name): return [f'Layer {l} of {name} is blank: it has the same state for every text' for l,f in zip(layers, flat.tolist()) if f]
