@@ -8,10 +8,10 @@ __all__ = ['angular_distance', 'layer_products', 'pair_angles', 'pair_updates', 
 
 # %% ../../nbs/measure/11_importance.ipynb #c002
 import math
-from dataclasses import dataclass,field
+from dataclasses import dataclass,field,replace
 import torch
 import torch.nn.functional as F
-from ..core.plan import Plan,_strip
+from ..core.plan import PARTS,Plan,_part
 from ..core.plot import bars,heat
 from .stream import Meter,Seen,Tally,last_token,scan,as_double
 
@@ -107,6 +107,13 @@ def by_span(
     for n in range(1, L+1): out[:L+1-n, n-1] = m.diagonal(n)
     return out
 
+def _sums(
+    v, # A value per block, shape (L,)
+):     # Shape (L, L): entry [l, n-1] is the sum over blocks l..l+n-1; NaN where l+n > L
+    "From blocks to spans, by adding up"
+    c = torch.cat([torch.zeros(1, dtype=torch.float64), v.double().cumsum(0)])
+    return by_span(c[None]-c[:,None])
+
 # %% ../../nbs/measure/11_importance.ipynb #c018
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -117,13 +124,19 @@ class Scores:
     texts:int=0                 # Texts that it is a mean over
     kept:tuple=None             # The blocks in the teacher's numbers, which pictures show (default: 0..L-1)
     evidence:dict=field(default_factory=dict) # What else the numbers depend on: fingerprint of the data, seed, model
+    part:str='block'            # What goes: the whole 'block', or only its 'attention' or its 'mlp'
 
+    def __post_init__(self): _part(self.part)
     @property
     def L(self): return len(self.values)
     @property
     def of_spans(self): return self.values.ndim==2
     @property
     def numbers(self): return tuple(range(self.L)) if self.kept is None else self.kept
+    @property
+    def _one(self): return {'mlp':'MLP'}.get(self.part, self.part)
+    @property
+    def what(self): return f'{self._one}s'
     @property
     def sizes(self):
         "How many blocks these scores can choose: 1..L-1, unless spans of a few sizes only were measured"
@@ -147,7 +160,13 @@ class Scores:
         if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<self.L: raise ValueError(f'Cannot drop {n!r} of {self.L} blocks: a number from 1 to {self.L-1} is needed')
         if n not in self.sizes: raise ValueError(f'The {self.metric} was measured only for {", ".join(map(str, self.sizes))} blocks, not for {n}')
         drop = self._span(n) if self.of_spans else tuple(sorted(self.values.argsort(stable=True)[:n].tolist()))
-        return Plan(self.L, drop, self._why(drop), {'metric':self.metric, 'scores':self._scores(drop), 'texts':self.texts, **self.evidence})
+        return Plan(self.L, why=self._why(drop), evidence={'metric':self.metric, 'scores':self._scores(drop), 'texts':self.texts, **self.evidence}, **{PARTS[self.part]:drop})
+
+    def spans(self)->'Scores':
+        "The same of every span: the sum over its blocks, with the most that its error can be; what is of spans already is given back"
+        if self.of_spans: return self
+        v,e = (None if o is None else _sums(o) for o in (self.values,self.stderr))
+        return replace(self, metric=f'sum of {self.metric}', values=v, stderr=e)
 
     def _span(self, n):
         l = self.values[:self.L+1-n, n-1].argmin().item()
@@ -162,13 +181,13 @@ class Scores:
         return f'{self.metric} {v:.3g} ± {e:.1g} over {self.texts} texts'
 
     def frame(self):
-        "One row per span (or block): `metric`, `first` (this model's number), `size`, `value`, `stderr`, `n` texts"
+        "One row per span (or block): `metric`, `part`, `first` (this model's number), `size`, `value`, `stderr`, `n` texts"
         import pandas as pd
         e = self.stderr if self.stderr is not None else torch.full_like(self.values, float('nan'))
         at = [(l,n) for n in range(1,self.L+1) for l in range(self.L+1-n)] if self.of_spans else [(l,1) for l in range(self.L)]
         at = [(l,n) for l,n in at if not self.of_spans or not self.values[l,n-1].isnan()]
         pick = lambda m: [m[l,n-1].item() if self.of_spans else m[l].item() for l,n in at]
-        return pd.DataFrame({'metric':self.metric, 'first':[l for l,_ in at], 'size':[n for _,n in at], 'value':pick(self.values), 'stderr':pick(e), 'n':self.texts})
+        return pd.DataFrame({'metric':self.metric, 'part':self.part, 'first':[l for l,_ in at], 'size':[n for _,n in at], 'value':pick(self.values), 'stderr':pick(e), 'n':self.texts})
 
     def plot(
         self,
@@ -178,17 +197,19 @@ class Scores:
     ):                 # The axes
         "Spans: a triangle, first block along x, size along y, the best of each size marked; blocks: bars"
         names = {} if self.numbers==tuple(range(self.L)) else dict(xticks=range(self.L), xticklabels=self.numbers)
-        if not self.of_spans: return bars(self.numbers, self.values, ax=ax, err=self.stderr, **{'xlabel':'block', 'ylabel':self.metric, **kwargs})
+        if not self.of_spans: return bars(self.numbers, self.values, ax=ax, err=self.stderr, **{'xlabel':'block' if self.part=='block' else f'block that loses its {self._one}', 'ylabel':self.metric, **kwargs})
         grid = torch.cat([torch.full((1,self.L), float('nan')), self.values.T])       # a row for size 0, so that y is the size
-        ax = heat(grid, ax=ax, label=self.metric, **{'xlabel':'first block dropped', 'ylabel':'blocks dropped', 'ylim':(.5,self.L+.5), **names, **kwargs})
+        ax = heat(grid, ax=ax, label=self.metric, **{'xlabel':'first block dropped' if self.part=='block' else f'first block that loses its {self._one}', 'ylabel':f'{self.what} dropped', 'ylim':(.5,self.L+.5), **names, **kwargs})
         if best: ax.plot([self._span(n)[0] for n in self.sizes], self.sizes, 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
         return ax
 
-    def __repr__(self): return f"{self.metric} of {'spans' if self.of_spans else 'blocks'}, {self.L} blocks, {self.texts} texts"
+    def __repr__(self):
+        of = f'spans of {self.what}' if self.of_spans and self.part!='block' else 'spans' if self.of_spans else self.what
+        return f'{self.metric} of {of}, {self.L} blocks, {self.texts} texts'
     def _repr_markdown_(self):
-        rows = [self.best(n) for n in self.sizes if n<=4 or n%2==0][:8]
-        value = lambda p: f'{self.score(p.drop[0], len(p.drop))[0]:.3g}' if self.of_spans else f'{self.values[list(p.drop)].max():.3g}'
-        return '\n'.join([f'**{self!r}**; best to drop', '', '| blocks | which | score |', '|---|---|---|', *(f'| {len(p.drop)} | `{_strip(p.keep, p.n)}` | {value(p)} |' for p in rows)])
+        rows = [(n,p,p.parts[self.part]) for n in self.sizes if n<=4 or n%2==0 for p in [self.best(n)]][:8]
+        value = lambda d: f'{self.score(d[0], len(d))[0]:.3g}' if self.of_spans else f'{self.values[list(d)].max():.3g}'
+        return '\n'.join([f'**{self!r}**; best to drop', '', f'| {self.what} | which | score |', '|---|---|---|', *(f'| {n} | `{p.strip}` | {value(d)} |' for n,p,d in rows)])
 
 # %% ../../nbs/measure/11_importance.ipynb #c022
 def _scored(metric, lm, tally, seen, pairs=True):
@@ -237,7 +258,7 @@ def importance(
     "All three measures from one pass"
     return _measure(lm, batches, progress, distances=Pairs(pair_angles), influence=Steps(), relative_update=Pairs(pair_updates, 'all'))
 
-# %% ../../nbs/measure/11_importance.ipynb #c027
+# %% ../../nbs/measure/11_importance.ipynb #c029
 def deepest(
     lm, # The model, an `LM`, or its number of blocks
 )->Scores: # Of blocks: the last has the highest score, the one before it the lowest
