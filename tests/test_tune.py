@@ -251,6 +251,78 @@ def test_finished_run_is_not_redone(lm, data, tmp_path):
     three = tune(lm, data, lr=.1, resume=False, **how, **quiet)
     assert three.provenance['steps'][-1]['lr'] == .1
 
+def countdown(n):
+    "A `stop` that says yes from the n-th question on (0: at the start)"
+    seen = iter(range(10**6))
+    return lambda: next(seen) >= n
+
+@pytest.mark.parametrize('lora', [None, 4])
+def test_stopped_by_hand(lm, data, tmp_path, lora):
+    "The weights are those that an undisturbed run has at that step; a last look was taken; the folder holds a finished model that the same call gives back"
+    how = dict(epochs=3, lr=1e-3, batch_size=8, lora=lora, probe_every=3, save_steps=2)
+    at = {}
+    def probe(m):
+        at[len(at)] = state(m)
+        return dict(score=len(at))
+    whole = tune(lm, data, probe=probe, **how | dict(probe_every=1), **quiet)
+    kept, at = at, {}
+    new = tune(lm, data, probe=probe, stop=countdown(6), out=tmp_path/'run', **how, **quiet)       # asked: start, 1, 2, 3, after the look, 4, 5
+    info, log = new.provenance['steps'][-1], training_log(new)
+    assert info['stopped'] == f'at step {info["steps"]} of 9' and 3 < info['steps'] < 9 and 'stopped' not in whole.provenance['steps'][-1]
+    assert info['weights_of_step'] == info['steps'] == log.step.iloc[-1] and log[['loss', 'score']].notna().all(axis=1).iloc[-1]
+    last = at[max(at)]
+    assert close(last, kept[info['steps']], 1e-5) and (lora or close(last, state(new)))
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['done.json', 'model', 'tune.json']
+    assert load(tmp_path/'run'/'model').provenance == new.provenance
+    again = tune(lm, data, out=tmp_path/'run', **how, progress=lambda row: pytest.fail('it trained again'))
+    assert close(state(again), state(new)) and again.provenance == new.provenance
+    assert 'stopped at step' in (tmp_path/'run'/'model'/'README.md').read_text()
+    anew = tune(lm, data, out=tmp_path/'run', resume=False, **how, **quiet)
+    assert anew.provenance['steps'][-1]['steps'] == 9 and close(state(anew), state(whole), 1e-5)
+
+def test_stopped_before_the_first_step(lm, data):
+    "With and without something to look at; one look, not two"
+    bare = tune(lm, data, stop=lambda: True, **quiet)
+    assert same(state(bare), state(lm)) and bare.provenance['steps'][-1]['steps'] == 0 and len(training_log(bare)) == 0
+    looks = []
+    def probe(m): looks.append(1); return dict(score=1.)
+    seen = tune(lm, data, stop=lambda: True, probe=probe, **quiet)
+    assert looks == [1] and training_log(seen).score.tolist() == [1.]
+    assert learning_curve(seen).get_xlabel() == 'step' and learning_curve(bare).get_xlabel() == 'step'
+
+def test_stopped_where_a_killed_run_would_go_on(lm, data, tmp_path):
+    "Interrupted at step 5, gone on with from step 4 and stopped at once: the weights of step 4, looked at"
+    how = dict(epochs=3, lr=1e-3, batch_size=8, save_steps=2, probe_every=9, out=tmp_path/'run', probe=lambda m: dict(score=1.))
+    with pytest.raises(Stop): tune(lm, data, progress=stop_at(5), **how)
+    new = tune(lm, data, stop=lambda: True, **how, **quiet)
+    assert new.provenance['steps'][-1]['stopped'] == 'at step 4 of 9'
+    assert training_log(new).score.dropna().index.tolist() and training_log(new).step.iloc[-1] == 4
+    four = tune(lm, data, stop=countdown(4), **{k: v for k, v in how.items() if k != 'out'}, **quiet)   # start, steps 1 to 4
+    assert four.provenance['steps'][-1]['steps'] == 4 and close(state(four), state(new), 1e-5)
+
+def test_asked_to_stop_with_the_last_step(lm, data):
+    "A run that is over anyway was not stopped; with patience the best weights so far come back"
+    info = tune(lm, data, epochs=1, batch_size=8, stop=countdown(3), **quiet).provenance['steps'][-1]
+    assert info['steps'] == 3 and 'stopped' not in info
+    scores = iter([0., 1., .5, .5, .5])
+    info = tune(lm, data, epochs=4, batch_size=8, probe=lambda m: dict(score=next(scores)), probe_every=2, patience=9, watch='score', higher=True, stop=countdown(8), **quiet).provenance['steps'][-1]
+    assert info['weights_of_step'] == 2 and info['stopped'].endswith('of 12')
+
+def test_off_the_main_thread(lm, data, healed):
+    "Trained in a thread of its own, with the main one drawing random numbers meanwhile and gradients off: the same student, and grad mode untouched"
+    import threading
+    got = []
+    def work():
+        try: got.append(tune(lm, data, epochs=2, lr=1e-3, batch_size=8, **quiet))
+        except BaseException as e: got.append(e)
+    t = threading.Thread(target=work)
+    with torch.no_grad():
+        t.start()
+        while t.is_alive(): torch.rand(3); random.random(); t.join(.01)
+        assert not torch.is_grad_enabled()
+    assert not isinstance(got[0], BaseException), got
+    assert same(state(got[0]), state(healed))
+
 def test_half_a_checkpoint_is_none(lm, data, tmp_path):
     "What a kill leaves between two files is not taken for a checkpoint"
     how = dict(epochs=2, batch_size=8, save_steps=2, out=tmp_path/'run')

@@ -218,18 +218,34 @@ def _best(history, watch, higher):
     return value, step, sum(s>step for _,s in seen)
 
 # %% ../../nbs/recover/40_tune.ipynb #c020
+class _Halt(Exception): "Asked to stop before the next step was begun"
+
 class _Clock:
-    "When to look, and what to show meanwhile"
-    def __init__(self, every, show): self.every,self.show,self.bar = every,show,None
+    "When to look, when to end, and what to show meanwhile"
+    def __init__(self, every, show, stop=None):
+        self.every,self.show,self.stop,self.bar = every,show,stop,None
+        self.asked = self.stopped = False
+    def ask(self, device):
+        "Does `stop` say so, in any process of this run?"
+        if self.stop is None: return False
+        self.asked,said = True,torch.tensor(float(bool(self.stop())), device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        self.stopped = bool(said)
+        return self.stopped
     def on_train_begin(self, args, state, control, **kwargs):
         if self.show is not True: return
         from tqdm.auto import tqdm
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='tune', unit='step')
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.asked and self.ask(args.device): raise _Halt       # at the start, and after a look, which may take long
     def on_step_end(self, args, state, control, **kwargs):
         end = state.global_step>=state.max_steps
+        control.should_training_stop |= not end and self.ask(args.device)
+        end |= self.stopped
         control.should_log |= end
         control.should_evaluate |= bool(self.every) and (end or state.global_step%self.every==0)
         if self.bar is not None: self.bar.update(1)
+    def on_evaluate(self, args, state, control, **kwargs): self.asked = False
     def on_log(self, args, state, control, logs=None, **kwargs):
         if callable(self.show): self.show(dict(logs, step=state.global_step, steps=state.max_steps))
         if self.bar is not None: self.bar.set_postfix({k:f'{v:.3g}' for k,v in logs.items() if k not in _OURS-{'loss','valid_loss'} and isinstance(v, float)}, refresh=False)
@@ -325,7 +341,7 @@ def _provenance(student, step):
     return {**was, 'steps':was.get('steps', [])+[step]}
 
 # %% ../../nbs/recover/40_tune.ipynb #c032
-def _trainer(student, ds, place, lasting, lora, epochs, lr, batch_size, seed, every, show, sft, **watched):
+def _trainer(student, ds, place, lasting, lora, epochs, lr, batch_size, seed, every, show, stop, sft, **watched):
     "TRL's trainer, ready to run on a copy of the student"
     from transformers import PrinterCallback,TrainerCallback
     from trl import SFTTrainer
@@ -337,7 +353,7 @@ def _trainer(student, ds, place, lasting, lora, epochs, lr, batch_size, seed, ev
     kind = type('Tuner', (_Watched,_Atomic,_Guarded,_Quiet,SFTTrainer), {})
     new = kind(model=model, args=args, train_dataset=ds, processing_class=copy.deepcopy(student.tokenizer), peft_config=lora)
     new.remove_callback(PrinterCallback)
-    new.clock = type('Clock', (_Clock,TrainerCallback), {})(every, show)
+    new.clock = type('Clock', (_Clock,TrainerCallback), {})(every, show, stop)
     new.add_callback(new.clock)
     vars(new).update(student=student, lasting=lasting, free=None, began=0, seconds=0., tokens=torch.zeros(2, dtype=torch.long, device=args.device), **watched)
     return new
@@ -350,8 +366,14 @@ def _run(trainer):
         trainer.seconds,trainer.tokens = was['seconds'],torch.tensor([was['tokens'], was['trained_tokens']], device=trainer.tokens.device)
     trainer.args.eval_on_start = bool(trainer.clock.every) and not last
     try: trainer.train(resume_from_checkpoint=str(last[1]) if last else None)
+    except _Halt: _last_look(trainer)
     finally: trainer.clock.close()
     return trainer.restore()
+
+def _last_look(trainer):
+    "A run that ends between two steps is looked at too, unless that was just done"
+    seen = [h for h in trainer.state.log_history if h['step']==trainer.state.global_step and 'loss' not in h]
+    if trainer.clock.every and not seen: trainer.evaluate()
 
 # %% ../../nbs/recover/40_tune.ipynb #c033
 @contextmanager
@@ -392,6 +414,7 @@ def tune(
     merge=True,         # Merge adapters into the weights? False gives back a PEFT model
     progress=True,      # Show a bar with the live loss; or a function called with each row of the log
     valid=None,         # Held-out rows; `valid_loss` in the log is their mean loss per learned token, in nats
+    stop=None,          # Function () -> bool, asked at the start and after every step and look; True ends the run there, in order
     patience=None,      # Stop after this many looks without a better `watch`, and give back the best weights
     watch='valid_loss', # What early stopping watches: 'valid_loss', or one of the probe's numbers
     higher=False,       # Is more of it better?
@@ -409,7 +432,7 @@ def tune(
     with _place(None if out is None else Path(out), run, resume) as place, _calm():
         if out is not None and (done := _finished(student, place)): return done
         if out is not None: _room(place, student, config)
-        trainer = _trainer(student, ds, place, out is not None, config, epochs, lr, batch_size, seed, probe_every, progress, sft,
+        trainer = _trainer(student, ds, place, out is not None, config, epochs, lr, batch_size, seed, probe_every, progress, stop, sft,
                            valid=_batched(student, held, batch_size), probe=probe, patience=patience, watch=watch, higher=higher)
         step = dict(op='tune', data=run['data'], rows=len(ds), **how, **_done(trainer, _run(trainer)), versions=_versions())
         healed = _healed(student, trainer.model, config, merge, json.loads(json.dumps(step, default=str)))
@@ -426,13 +449,14 @@ def _batched(lm, ds, size):
 def _done(trainer, best):
     "What the run came to: its steps, tokens, seconds and log"
     log = _table(trainer.state.log_history)
-    return dict(steps=trainer.state.global_step, weights_of_step=best) | trainer.counts() | dict(log={k:[None if v!=v else float(f'{v:.5g}') for v in log[k]] for k in log})
+    end = dict(stopped=f'at step {trainer.state.global_step} of {trainer.state.max_steps}') if trainer.clock.stopped else {}
+    return dict(steps=trainer.state.global_step, weights_of_step=best) | end | trainer.counts() | dict(log={k:[None if v!=v else float(f'{v:.5g}') for v in log[k]] for k in log})
 
 def _table(history):
     "The log as columns: one row per step"
     import pandas as pd
-    log = pd.DataFrame(history).groupby('step', as_index=False).first().drop(columns='epoch', errors='ignore')
-    return log.loc[:, log.notna().any()]
+    log = pd.DataFrame(history or {'step':[]}).groupby('step', as_index=False).first().drop(columns='epoch', errors='ignore')
+    return log.loc[:, log.notna().any() | (log.columns=='step')]
 
 def _healed(student, trained, config, merge, step):
     "The trained weights as a new LM"
@@ -497,6 +521,7 @@ def learning_curve(
     probes = [k for k in log if k not in _OURS]
     twin = ax.twinx() if probes else ax
     for i,k in enumerate(probes): curve(log.step[log[k].notna()], log[k].dropna(), ax=twin, label=k, color=['#0072b2','#009e73','#cc79a7'][i%3], ylabel=', '.join(probes))
-    if probes: ax.get_legend().remove(); twin.legend(handles=[*ax.lines, *twin.lines], frameon=False, loc='center right')
+    if probes and ax.get_legend(): ax.get_legend().remove()
+    if probes: twin.legend(handles=[*ax.lines, *twin.lines], frameon=False, loc='center right')
     ax.set(**(dict(xlabel='step', ylabel='loss (nats per learned token)')|kwargs))
     return ax
