@@ -1,5 +1,7 @@
 # make demo    set up once, then run the main job on the embedded teacher: runs/demo/report.html
 # make test    set up once, then everything that must hold: in step and clean, notebooks, pytest, the wheel
+# make lab     set up once, then JupyterLab on the tutorials
+# make docs    the documentation site in _docs/: every notebook, the API, the tables; built offline
 # make bench   measure what must be fast; writes nbs/bench.csv and its page
 # make sync    what an author runs: modules, clean notebooks and README from the notebooks
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,9 +12,16 @@ TIMEOUT ?= 900
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM   := false
 
-.PHONY: demo test bench sync setup check notebooks pytest clean
+.PHONY: demo lab docs test bench sync setup check notebooks pytest clean
 demo: $(READY)
 	$(BIN)/sdlab demo
+
+# no news, no look for updates: nothing is asked of the network
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=nbs/tutorials --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+
+docs: $(READY)
+	$(BIN)/python docs/build.py
 
 test: check notebooks pytest
 

@@ -31,10 +31,13 @@ def export_and_clean(root):
             nbdev_export(), nbdev_clean()
     finally: os.chdir(here), get_config.cache_clear()
 
+VIEW = 'application/vnd.jupyter.widget-view+json'
+
 def no_widgets(path):
-    "Drop stored widget state, which nbdev keeps and nothing can show"
+    "Drop stored widget state and views, which nbdev keeps and nothing can show once the kernel is gone; the plain text beside them stays"
     nb = json.loads(path.read_text(encoding='utf-8'))
-    if nb['metadata'].pop('widgets', None) is None: return
+    views = [o['data'].pop(VIEW) for c in nb['cells'] for o in c.get('outputs', ()) if VIEW in o.get('data', {})]
+    if nb['metadata'].pop('widgets', None) is None and not views: return
     from execnb.nbio import write_nb, dict2nb
     write_nb(dict2nb(nb), path)
 

@@ -55,6 +55,7 @@ faults = {
     'execution count':       (lambda h: edit_nb(h/'nbs/core/00_one.ipynb', lambda nb: nb['cells'][3].update(execution_count=7)), '00_one.ipynb: is not clean'),
     'cell metadata':         (lambda h: edit_nb(h/'nbs/core/00_one.ipynb', lambda nb: nb['cells'][3].update(metadata=dict(collapsed=True))), '00_one.ipynb: is not clean'),
     'widget state':          (lambda h: edit_nb(h/'nbs/core/00_one.ipynb', lambda nb: nb['metadata'].update(widgets=dict(state={}))), '00_one.ipynb: is not clean'),
+    'widget view':           (lambda h: edit_nb(h/'nbs/core/00_one.ipynb', lambda nb: nb['cells'][3].update(outputs=[dict(output_type='display_data', metadata={}, data={sync.VIEW: dict(model_id='x'), 'text/plain': ['1']})])), '00_one.ipynb: is not clean'),
     'hand-edited README':    (lambda h: edit(h/'README.md', lambda s: s+'more\n'), 'README.md: is not what'),
     'version not taken over': (lambda h: edit(h/'settings.ini', lambda s: s.replace('version = 0.1.0', 'version = 9.9.9')), '__init__.py: is not what'),
 }
