@@ -11,12 +11,15 @@ function render({ model, el }) {
   const color = (s, i, pen) => s.color === 'text' || s.color === '#1b1b1b' ? pen.text : s.color || spare[i % spare.length]
   const real = v => v !== null && Number.isFinite(v)
 
+  function step(s) { const xs = s.x.filter(real); return xs.length > 1 ? Math.min(...xs.slice(1).map((v, k) => v - xs[k])) : 1 } // width of a bar
+
   function span(key, given) {
     if (given.length === 2) return given
     const all = shown.flatMap(s => s[key].filter(real))
     if (key === 'y' && shown.some(s => s.kind === 'bars')) all.push(0)
     if (!all.length) return [0, 1]
-    const lo = all.reduce((a, b) => Math.min(a, b)), hi = all.reduce((a, b) => Math.max(a, b)), pad = (hi - lo || Math.abs(hi) || 1) * .05
+    const lo = all.reduce((a, b) => Math.min(a, b)), hi = all.reduce((a, b) => Math.max(a, b)), wide = shown.some(s => s.kind === 'bars') && key === 'x'
+    const pad = Math.max((hi - lo || Math.abs(hi) || 1) * .05, wide ? Math.max(...shown.filter(s => s.kind === 'bars').map(step)) / 2 : 0)
     return [lo - (key === 'y' && lo === 0 ? 0 : pad), hi + pad]
   }
 
@@ -52,7 +55,7 @@ function render({ model, el }) {
     g.save(); g.beginPath(); g.rect(box.left - 4, box.top - 4, box.right - box.left + 8, box.bottom - box.top + 8); g.clip()
     g.fillStyle = g.strokeStyle = color(s, i, pen); g.lineWidth = 1.8; g.setLineDash(s.dash ? [5, 4] : [])
     if (s.kind === 'bars') {
-      const xs = s.x.filter(real), dx = xs.length > 1 ? Math.min(...xs.slice(1).map((v, k) => v - xs[k])) : (box.x1 - box.x0) / 10
+      const dx = step(s)
       g.globalAlpha = .45
       s.x.forEach((v, k) => { if (real(v) && real(s.y[k])) { const a = box.X(v - dx / 2), b = box.X(v + dx / 2); g.fillRect(a + .5, box.Y(s.y[k]), b - a - 1, box.Y(Math.max(0, box.y0)) - box.Y(s.y[k])); g.strokeRect(a + .5, box.Y(s.y[k]), b - a - 1, box.Y(Math.max(0, box.y0)) - box.Y(s.y[k])) } })
     } else if (s.kind === 'points') s.x.forEach((v, k) => { if (real(v) && real(s.y[k])) mark(g, i, box.X(v), box.Y(s.y[k]), s.size || 4) })
@@ -119,11 +122,11 @@ function render({ model, el }) {
   function select(at) { if (at && get('active') && String(at) !== String(get('selected'))) { model.set('selected', at); model.save_changes(); draw() } }
 
   function key(e) {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[e.key], all = get('series')
-    if (!step || !all.length || e.ctrlKey || e.metaKey || e.altKey) return
+    const go = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[e.key], all = get('series')
+    if (!go || !all.length || e.ctrlKey || e.metaKey || e.altKey) return
     e.preventDefault(); e.stopPropagation()
-    const at = get('selected'), i = at.length === 2 ? Math.max(0, Math.min(all.length - 1, at[0] + step[0])) : 0
-    select([i, Math.max(0, Math.min(all[i].x.length - 1, at.length === 2 ? at[1] + step[1] : 0))])
+    const at = get('selected'), i = at.length === 2 ? Math.max(0, Math.min(all.length - 1, at[0] + go[0])) : 0
+    select([i, Math.max(0, Math.min(all[i].x.length - 1, at.length === 2 ? at[1] + go[1] : 0))])
   }
 
   stage.addEventListener('pointermove', e => { const at = near(e); if (String(at) !== String(hover)) { hover = at; draw() } })

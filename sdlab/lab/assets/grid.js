@@ -20,7 +20,7 @@ function render({ model, el }) {
 
   function layout() {
     const R = get('values').length, C = Math.max(0, ...get('values').map(r => r.length))
-    const left = 46, right = 74, top = 8, bottom = 40, room = Math.max(200, (el.clientWidth || 520) - left - right)
+    const left = 46, right = 88, top = 8, bottom = 40, room = Math.max(200, (el.clientWidth || 520) - left - right)
     const cell = Math.max(4, Math.min(get('max_cell'), Math.floor(room / Math.max(C, 1)), Math.floor(520 / Math.max(R, 1))))
     box = { R, C, left, top, cell, w: left + C * cell + right, h: top + R * cell + bottom }
   }
@@ -64,6 +64,7 @@ function render({ model, el }) {
     colors.forEach((c, i) => { g.fillStyle = c; g.fillRect(x0, box.top + h - (i + 1) * k, 10, k + 1) })
     if (under) { g.fillStyle = under; g.fillRect(x0, box.top + h + 2, 10, 6) }
     g.fillStyle = pen.text; g.textAlign = 'left'; g.textBaseline = 'middle'
+    g.save(); g.translate(x0 + 62, box.top + h / 2); g.rotate(-Math.PI / 2); g.textAlign = 'center'; g.fillText(get('label'), 0, 0, h + 20); g.restore()
     for (const t of ticks(lo, hi, Math.max(2, h / 60))) g.fillText(short(t, 2), x0 + 14, Math.max(box.top + 5, box.top + h - (t - lo) / (hi - lo) * h))
   }
 
