@@ -92,7 +92,7 @@ def _settings(home, dark):
 class House:
     "A folder for servers, kernels and copies of notebooks; leaving it ends everything that was started in it"
     def __init__(self, dark=False):
-        self.home = Path(tempfile.mkdtemp(prefix='sdlab-house-')).resolve()
+        self.home, self.patience = Path(tempfile.mkdtemp(prefix='sdlab-house-')).resolve(), 8
         self.work, self.servers = self.home/'work'/'nbs'/'tutorials', []
         for d in ('config', 'data', 'runtime', 'ipython', 'tmp', 'python', 'workspaces', 'work/images'): (self.home/d).mkdir(parents=True)
         self.work.mkdir(parents=True)
@@ -157,7 +157,7 @@ class House:
         atexit.unregister(self.close)
         for p in self.servers:
             if p.poll() is None: os.killpg(p.pid, signal.SIGTERM)
-        try: wait_for(lambda: not self.pids(), 8)
+        try: wait_for(lambda: not self.pids(), self.patience)
         except TimeoutError: pass                       # what did not go is ended below
         for i in self.pids():
             try: os.kill(i, signal.SIGKILL)

@@ -9,7 +9,9 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))                       # tests may import sync, run_notebooks and each other's helpers
 
-def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run the tests that take minutes too')
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='run the tests that take minutes too')
+    parser.addoption('--screenshots', action='store_true', help='have the browser tests write the pictures of the docs to images/')
 
 def pytest_collection_modifyitems(config, items):
     for o in items:
