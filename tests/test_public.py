@@ -74,8 +74,8 @@ def test_page_is_in_its_wing(module):
     if '.' in module: assert nb.parent.name==module.split('.')[0]
 
 def test_numbers_follow_the_wings():
-    wings = 'core measure compress distill recover judge lab'.split()
-    assert [m for m,(n,_) in PAGES.items() if '.' in m and wings.index(m.split('.')[0])!=n//10]==[]
+    wings = 'core measure compress distill recover judge lab'.split()      # the lab, the last, has the sixties and the seventies
+    assert [m for m,(n,_) in PAGES.items() if '.' in m and wings.index(m.split('.')[0])!=min(n//10, 6)]==[]
 
 # manners
 def unexplained(name, f, skip=()):

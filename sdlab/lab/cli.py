@@ -6,7 +6,10 @@
 __all__ = ['docments', 'add_command', 'main']
 
 # %% ../../nbs/lab/62_cli.ipynb #c002
-import argparse, inspect, re, sys
+import argparse, ast, inspect, re, sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 # %% ../../nbs/lab/62_cli.ipynb #c005
 def docments(
@@ -19,13 +22,15 @@ def docments(
 def _kind(default): # How argparse should read a value whose default is this
     if default is False: return dict(action='store_true')
     if default is True: return dict(action=argparse.BooleanOptionalAction)
-    if default==(): return dict(nargs='*')
+    if isinstance(default, tuple): return dict(nargs='*')
     return dict(type=type(default) if default is not None else str)
 
 def _add(parser, name, p, text, positional):
-    shown = '' if p.default in (None, False, (), inspect.Parameter.empty) else f' (default: {p.default})'
-    kw = dict(help=(text+shown).replace('%', '%%'))
-    if p.default is p.empty: return parser.add_argument(name if positional else f'--{name}', **kw, **({} if positional else dict(required=True)), **({'type':p.annotation} if p.annotation in (int,float) else {}))
+    value = ' '.join(p.default) if isinstance(p.default, tuple) else p.default
+    shown = '' if value in (None, False, '', inspect.Parameter.empty) else f' (default: {value})'
+    kw,given = dict(help=(text+shown).replace('%', '%%')),positional is True and p.default is p.empty or positional is not True and name in (positional or ())
+    if p.default is p.empty: return parser.add_argument(name if given else f"--{name.replace('_','-')}", **kw, **({} if given else dict(required=True)), **({'type':p.annotation} if p.annotation in (int,float) else {}))
+    if given: return parser.add_argument(name, nargs='?', default=p.default, **kw)
     return parser.add_argument(f"--{name.replace('_','-')}", default=p.default, **kw, **_kind(p.default))
 
 def add_command(
@@ -33,7 +38,7 @@ def add_command(
     f,        # The function to call; its first docstring line is the command's help
     name=None,# What the command is called (default: the function's name)
     skip=(),  # Arguments that only make sense in Python
-    positional=False, # Are arguments without a default given by position, and not by name?
+    positional=False, # Arguments that are given by position and not by name: a tuple of names, or True for all that have no default
 ):
     "A sub-command whose options are the arguments of `f`"
     parser,docs = commands.add_parser(name or f.__name__, help=f.__doc__, description=f.__doc__),docments(f)
@@ -43,25 +48,49 @@ def add_command(
     return parser
 
 # %% ../../nbs/lab/62_cli.ipynb #c008
-def _parser():
-    from sdlab.lab.study import demo, study
+_COMMANDS = { # name -> (where, arguments by position, arguments that only make sense in Python)
+    'demo':('sdlab.lab.study:demo', (), ()),
+    'study':('sdlab.lab.study:study', (), ('tasks', 'calibration')),
+    'distances':('sdlab.lab.stages:stage_distances', ('model',), ()),
+    'prune':('sdlab.lab.stages:stage_prune', ('model',), ()),
+    'rewrite':('sdlab.lab.stages:stage_rewrite', ('teacher',), ()),
+    'tune':('sdlab.lab.stages:stage_tune', ('student',), ()),
+    'recovery':('sdlab.lab.stages:stage_recovery', (), ()),
+    'cka':('sdlab.lab.stages:stage_cka', ('student', 'teacher'), ()),
+}
+
+def _function(where): # 'module:name' -> the function
+    module,name = where.split(':')
+    return getattr(import_module(module), name)
+
+def _line(where): # The first line of its docstring, without importing its module
+    module,name = where.split(':')
+    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8'))
+    return next(ast.get_docstring(o) for o in tree.body if getattr(o, 'name', '')==name).splitlines()[0]
+
+def _parser(
+    command=None, # The one that is asked for: its options are read from its function
+):
+    "The parser of `sdlab`; commands that were not asked for have their line of help only"
     top = argparse.ArgumentParser('sdlab', description='Compress a language model, heal it with its own words, and see what came back.')
     top.add_argument('--traceback', action='store_true', help='Show where in the code a mistake was found')
     commands = top.add_subparsers(required=True, metavar='COMMAND')
-    add_command(commands, demo)
-    add_command(commands, study, skip=('tasks', 'calibration'))
+    for k,(where,positional,skip) in _COMMANDS.items():
+        if k==command: add_command(commands, _function(where), k, skip, positional)
+        else: commands.add_parser(k, help=_line(where), add_help=False)
     return top
 
 def main(
     argv=None, # Arguments of the command line (default: the process's own)
 )->int:        # Exit status: 0 done, 2 a mistake in what was given, 130 interrupted
     "What the shell command `sdlab` runs"
-    args = vars(_parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    args = vars(_parser(next((a for a in argv if a[:1]!='-'), None)).parse_args(argv))
     run,trace = args.pop('run'),args.pop('traceback')
     try: found = run(**args)
     except (ValueError, TypeError, OSError) as e:
         if trace: raise
         return print(f'sdlab: {e} (sdlab --traceback shows where)', file=sys.stderr) or 2
     except KeyboardInterrupt: return print('\nInterrupted. What is finished is kept: the same command goes on from there.', file=sys.stderr) or 130
-    print(f"\n{found.recovery}\n\nThe report: {found.out/'report.html'}")
+    if found is not None: print(f'\n{found}')
     return 0

@@ -34,19 +34,20 @@ def _write(path, value): # JSON that is either whole or not there
 def _differ(old, new): return [k for k in {**old, **new} if old.get(k)!=new.get(k)]
 
 def claim(
-    out,         # Folder of the study, made where there is none
+    out,         # Folder, made where there is none
     settings,    # What makes this study this one: a dict of JSON values
     fresh=False, # Throw away the study that is there?
+    kind='study',# What it is the folder of; its settings lie in KIND.json
 )->Path:         # The folder
     "Make `out` the folder of a study with these `settings`, or find that it is; raises `ValueError` where it holds anything else"
     out,settings = Path(out),json.loads(json.dumps(settings, default=str))
-    mark = out/'study.json'
+    mark = out/f'{kind}.json'
     if fresh and mark.exists(): shutil.rmtree(out)
     if mark.exists():
         old = json.loads(mark.read_text())
-        if gap := _differ(old, settings): raise ValueError(f"{out} holds another study ({', '.join(f'{k} is {old.get(k)} there and {settings.get(k)} here' for k in gap[:3])}): choose another out, or start over with fresh=True (--fresh).")
+        if gap := _differ(old, settings): raise ValueError(f"{out} holds another {kind} ({', '.join(f'{k} is {old.get(k)} there and {settings.get(k)} here' for k in gap[:3])}): choose another out, or start over with fresh=True (--fresh).")
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} exists and is no study: choose another out.')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} exists and is no {kind}: choose another out.')
     try: out.mkdir(parents=True, exist_ok=True); _write(mark, settings)
     except OSError as e: raise OSError(f'Cannot write to {out} ({e.strerror}): choose another out.') from None
     return out
@@ -75,22 +76,26 @@ def _save_figure(ax, path): # Write the figure that `ax` belongs to, and forget 
     ax.figure.savefig(path, dpi=130, bbox_inches='tight')
     plt.close(ax.figure)
 
+def _keep_scores(scores, path): # The scores as a table, and their picture beside it
+    scores.frame().to_csv(path, index=False)
+    _save_figure(scores.plot(), path.with_suffix('.png'))
+
 def _choose(folder, lm, calib, drop, tokens):
     dist = distances(lm, batches(lm, calib, size=32), tokens=tokens)
-    dist.frame().to_csv(folder/'spans.csv', index=False)
-    _save_figure(dist.plot(), folder/'spans.png')
+    _keep_scores(dist, folder/'spans.csv')
     (folder/'plan.json').write_text(dist.best(drop).to_json())
 
-def _write_data(folder, lm, train, s):
-    rule = None if s['rule']=='none' else s['rule']
-    rewrite(lm, train, rule=rule, out=folder/'ledger', max_new_tokens=s['max_new_tokens'], seed=s['seed']).to_json(folder/'data.jsonl')
+def _write_data(folder, lm, train, rule, **how): # `how` goes to `rewrite`
+    rewrite(lm, train, rule=None if rule=='none' else rule, out=folder/'ledger', **how).to_json(folder/'data.jsonl')
 
-def _heal(folder, student, data, on, s):
-    tune(student, data, on=on, out=folder/'run', **{k:s[k] for k in ('epochs', 'lr', 'batch_size', 'lora', 'seed')}).save(folder/'model')
+def _heal(folder, student, data, on, to='model', **how): # `how` goes to `tune`
+    tune(student, data, on=on, out=folder/'run', **how).save(folder/to)
     shutil.rmtree(folder/'run', ignore_errors=True)
 
-def _map(folder, student, teacher, texts, seed):
-    found = cka(student, teacher, texts, group=min(256, len(texts)), seed=seed)
+def _judge(folder, arm, lm, tasks): score_all({arm:lm}, tasks).to_parquet(folder/'items.parquet')
+
+def _map(folder, student, teacher, texts, seed, group=256, **how): # `how` goes to `cka`
+    found = cka(student, teacher, texts, group=min(group, len(texts)), seed=seed, **how)
     found.frame().to_csv(folder/'cka.csv', index=False)
     _save_figure(found.plot(), folder/'cka.png')
 
@@ -133,13 +138,16 @@ class Study:
         "What came back in every arm, in percent of the teacher"
         return self.recovery.plot(ax=ax, **kwargs)
     def __repr__(self): return f'Study({self.out.name!r}: {self.plan}; {len(self.seconds)} stages)'
+    def __str__(self): return f"{self.recovery}\n\nThe report: {self.out/'report.html'}"
     def _repr_html_(self): return self.recovery._repr_html_()
 
 # %% ../../nbs/lab/61_study.ipynb #c012
 def _opened(teacher, dtype, device): return teacher if isinstance(teacher, LM) else load(teacher, dtype=dtype, device_map=device)
 
-def _sides(lm, data, limit): # Rows as disjoint calibration, train and evaluation sets; long plain texts cut to what the model can read, after the split
-    parts = {k:chunks(lm, v) if len(v) and 'text' in v.column_names else v for k,v in split(rows(data, limit=limit), calibration=.2, train=.5, evaluation=.3).items()}
+def _readable(lm, ds): return chunks(lm, ds) if len(ds) and 'text' in ds.column_names else ds # Long plain texts cut to what the model can read
+
+def _sides(lm, data, limit): # Rows as disjoint calibration, train and evaluation sets; long texts are cut after the split
+    parts = {k:_readable(lm, v) for k,v in split(rows(data, limit=limit), calibration=.2, train=.5, evaluation=.3).items()}
     if short := [k for k,v in parts.items() if len(v)<(4 if k=='calibration' else 1)]: raise ValueError(f"{sum(map(len, parts.values()))} rows leave too few for {' and '.join(short)} after the split: give more rows (a hundred at least to learn anything).")
     return parts
 
@@ -150,7 +158,7 @@ def _task(name, ds, rule, n, max_new_tokens): # How rows of this kind are judged
 
 def _others(lm, also, rule, n, max_new_tokens): # What might be forgotten
     got = {Path(str(o)).stem:rows(o) for o in also}
-    return {k:_task(k, chunks(lm, v) if 'text' in v.column_names else v, rule, n, max_new_tokens) for k,v in got.items()}
+    return {k:_task(k, _readable(lm, v), rule, n, max_new_tokens) for k,v in got.items()}
 
 def study(
     teacher,            # Hub id or folder of the model to prune (in Python also an `LM`)
@@ -197,9 +205,9 @@ def _stages(found, lm, sides, tasks): # {name: function of the stage's folder}, 
     return {'0 tasks':lambda f: [t.rows.to_json(f/f'{k}.jsonl') for k,t in tasks.items()],
             '1 spans':lambda f: _choose(f, lm, sides['calibration'], s['drop'], s['tokens']),
             '2 pruned':lambda f: prune(lm, found.plan).save(f/'model'),
-            '3 data':lambda f: _write_data(f, lm, sides['train'], s),
-            **{f'4 {k}':lambda f, start=start, on=on: _heal(f, model(start), found.data, on, s) for k,(start,on) in arms.items()},
-            **{f'5 verdicts/{k}':lambda f, k=k: score_all({k:model(k)}, tasks).to_parquet(f/'items.parquet') for k in ('teacher', 'pruned', *arms)},
+            '3 data':lambda f: _write_data(f, lm, sides['train'], **{k:s[k] for k in ('rule', 'max_new_tokens', 'seed')}),
+            **{f'4 {k}':lambda f, start=start, on=on: _heal(f, model(start), found.data, on, **{k:s[k] for k in ('epochs', 'lr', 'batch_size', 'lora', 'seed')}) for k,(start,on) in arms.items()},
+            **{f'5 verdicts/{k}':lambda f, k=k: _judge(f, k, model(k), tasks) for k in ('teacher', 'pruned', *arms)},
             **{f'6 maps/{k}':lambda f, k=k: _map(f, model(k), lm, sides['calibration'], s['seed']) for k in ('pruned', *arms)}}
 
 # %% ../../nbs/lab/61_study.ipynb #c014
