@@ -7,14 +7,14 @@ __all__ = ['find_blocks', 'LM', 'generate', 'load']
 
 # %% ../../nbs/core/03_model.ipynb #c002
 import copy,hashlib,inspect,json,os,re,shutil,tempfile
-from collections import Counter
+from collections import Counter,deque
 from contextlib import contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
 import torch
 from torch import nn
-from .plan import _runs,_strip
+from .plan import _runs,_silence,_strip
 from .data import collate,completion_ids,context,decode,prompt_ids,stop_ids
 
 # %% ../../nbs/core/03_model.ipynb #c005
@@ -169,6 +169,10 @@ class LM:
     @property
     def teacher_n(self): return self._past().get('teacher_n', self.n)
     @property
+    def silent(self): return {k:tuple(self._past().get('silent', {}).get(k, ())) for k in ('attention','mlp')} # in the teacher's numbers, as `kept`
+    @property
+    def strip(self): return _strip(self.kept, self.teacher_n, *self.silent.values())
+    @property
     def fingerprint(self): return _fingerprint(self.model)
     @property
     def stops(self): return stop_ids(self.tokenizer, getattr(self.model, 'generation_config', None))
@@ -182,6 +186,13 @@ class LM:
         one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], (dict,int))
         out = generate(self, [prompt] if one else prompt, max_new_tokens, **kwargs)
         return out[0] if one else out
+
+    def stream(self,
+        prompt,             # A string, a conversation (list of {role, content}), or token ids
+        max_new_tokens=256, # Tokens at most
+    ):                      # Iterator over texts, each a token longer than the last
+        "What the model answers, as it comes; the last text is `reply`'s. It may be left at any point, and the model be used for something else between two steps"
+        return _stream(self, prompt, max_new_tokens)
 
     def save(self,
         path,       # Directory; made if need be
@@ -199,7 +210,7 @@ class LM:
         "What `save` writes, on the Hugging Face hub"
         return _push(self, repo_id, table, private, token)
 
-    def __repr__(self): return f'{self.name}: {_strip(self.kept, self.teacher_n)} {self.n} blocks of width {self.d}, {_short(self.n_params)} parameters, {str(self.dtype).split(".")[-1]} on {self.device}'
+    def __repr__(self): return f'{self.name}: {self.strip} {self.n} blocks of width {self.d}, {_short(self.n_params)} parameters, {str(self.dtype).split(".")[-1]} on {self.device}'
     def _repr_markdown_(self):
         strip,rest = repr(self)[len(self.name)+2:].split(' ', 1)
         return f'**{escape(self.name)}** `{strip}` {rest}'
@@ -311,7 +322,7 @@ def _decode(
     pick,  # Function of (logits, rows) -> id of each
     ended, # Function of (row, id) -> has it ended? Called once for each token
 ):
-    "Every row of `wait` continued until it has ended; one that has makes room for another"
+    "Every row of `wait` continued until it has ended, by a token of each at a turn; one that has ended makes room for another"
     known = inspect.signature(model.forward).parameters
     def step(r):
         kw = dict(input_ids=r.x, attention_mask=r.mask, position_ids=r.pos, past_key_values=r.cache, use_cache=True, logits_to_keep=1)
@@ -326,6 +337,7 @@ def _decode(
             b = new(some)
             rows = rows.join(step(_Rows(some, b['input_ids'], b['attention_mask'], b['position_ids'], _cache(model))))
         else: rows = step(rows)
+        yield
 
 # %% ../../nbs/core/03_model.ipynb #c038
 def _decode_hf(
@@ -399,12 +411,26 @@ def generate(
         if on_batch: on_batch([(i, out[i])])
         return True
     with _still(model), torch.inference_mode(), tqdm(total=len(ids), disable=not progress, desc='answers') as bar:
-        if _cache(model) is not None: _decode(model, batch, order, batch_size, pick, ended)
+        if _cache(model) is not None: deque(_decode(model, batch, order, batch_size, pick, ended), 0)
         else: _decode_hf(model, batch, order, batch_size, ended, limit, seed, eos_token_id=sorted(stops) or None, pad_token_id=tok.pad_token_id,
                          **(how if temperature else dict.fromkeys(how)), do_sample=bool(temperature))
     return out
 
-# %% ../../nbs/core/03_model.ipynb #c050
+# %% ../../nbs/core/03_model.ipynb #c048
+def _stream(lm, prompt, max_new_tokens):
+    "The answer to one prompt so far, after each token"
+    (ids,),(limit,) = _asked(lm, [prompt], '', max_new_tokens)
+    model,new,stops,one = lm.model,[],lm.stops,lambda _: {k:v.to(lm.device) for k,v in collate(lm.tokenizer, [ids]).items()}
+    def ended(_, t):
+        if t not in stops: new.append(t)
+        return t in stops or len(new)>=limit
+    if _cache(model) is not None: turns = _decode(model, one, [0], 1, lambda logits, _: logits.argmax(-1), ended)
+    else: turns = (_decode_hf(model, one, [0], 1, ended, [limit], 0, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=lm.tokenizer.pad_token_id) for _ in '1')
+    def turn():
+        with _still(model), torch.inference_mode(): return next(turns, turns) is not turns
+    while turn(): yield decode(lm.tokenizer, new)
+
+# %% ../../nbs/core/03_model.ipynb #c053
 def _cell(v): return escape(f'{v:.4g}' if isinstance(v, float) else str(v)).replace('|', '&#124;').replace('`', '&#96;').replace('\n', ' ')
 
 def _markdown(
@@ -415,10 +441,15 @@ def _markdown(
     line = lambda cells: '| ' + ' | '.join(map(_cell, cells)) + ' |'
     return '\n'.join([line(df.columns), '|' + '---|'*len(df.columns), *map(line, df.itertuples(index=False))])
 
-# %% ../../nbs/core/03_model.ipynb #c051
+# %% ../../nbs/core/03_model.ipynb #c054
+def _cut(n, block=(), attention=(), mlp=()):
+    "What a plan did, in words"
+    silent = ' and '.join(_silence(attention, mlp))
+    return ', '.join(([f'dropped blocks {_runs(block)} of {n}'] if block or not silent else [])+([f'silenced {silent}'] if silent else []))
+
 def _step(s):
     "One step of the provenance in words"
-    if s.get('op')=='prune': return f'dropped blocks {_runs(s["plan"]["drop"]["block"])} of {s["plan"]["n"]}' + (f' ({_cell(s["plan"]["why"])})' if s['plan'].get('why') else '')
+    if s.get('op')=='prune': return _cut(**s['plan']['drop'], n=s['plan']['n']) + (f' ({_cell(s["plan"]["why"])})' if s['plan'].get('why') else '')
     return _cell(f'{s.get("op")}: ' + ', '.join(f'{k} {v}' for k,v in s.items() if k not in ('op','versions') and isinstance(v, (str,int,float))))
 
 def _card(
@@ -427,14 +458,14 @@ def _card(
 )->str:
     "The model card"
     prov = lm.provenance
-    about = [f'**{lm.n} blocks** of width {lm.d}, {_short(lm.n_params)} parameters, {str(lm.dtype).split(".")[-1]}.', '', f'`{_strip(lm.kept, lm.teacher_n)}`']
-    if prov: about += ['', f'Made from **{_cell(prov["teacher"])}** ({lm.teacher_n} blocks; blocks {_runs(lm.kept)} are here):', '', *(f'{i}. {_step(s)}' for i,s in enumerate(prov['steps'], 1))]
+    about = [f'**{lm.n} blocks** of width {lm.d}, {_short(lm.n_params)} parameters, {str(lm.dtype).split(".")[-1]}.', '', f'`{lm.strip}`']
+    if prov: about += ['', f'Made from **{_cell(prov["teacher"])}** ({lm.teacher_n} blocks; blocks {_runs(lm.kept)} are here{"".join(f", {o} silent" for o in _silence(*lm.silent.values()))}):', '', *(f'{i}. {_step(s)}' for i,s in enumerate(prov['steps'], 1))]
     if table is not None: about += ['', '## What was lost, and what came back', '', _markdown(table)]
     about += ['', '## Use', '', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer', "model, tokenizer = AutoModelForCausalLM.from_pretrained('PATH_OR_ID'), AutoTokenizer.from_pretrained('PATH_OR_ID')", '```']
     if prov: about += ['', '## Provenance', '', '```json', json.dumps(prov, indent=1).replace('`', '\\u0060').replace('<', '\\u003c'), '```']
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [sdlab, depth-pruning]', '---', '', f'# {_cell(lm.name)}', '', *about, ''])
 
-# %% ../../nbs/core/03_model.ipynb #c052
+# %% ../../nbs/core/03_model.ipynb #c055
 @contextmanager
 def _silent(
     on=True, # Or leave them
@@ -481,7 +512,7 @@ def _push(lm, repo_id, table, private, token):
         except Exception as e: raise OSError(f'{lm.name} could not be pushed to {repo_id} ({type(e).__name__}: {_line(e)}); are you online, and logged in with `hf auth login`?') from e
     return f'https://huggingface.co/{repo_id}'
 
-# %% ../../nbs/core/03_model.ipynb #c054
+# %% ../../nbs/core/03_model.ipynb #c057
 def _here(
     path, # Where the model should be
 ):
@@ -499,7 +530,7 @@ def _intact(f):
     try: safe_open(f, 'pt').keys()
     except Exception as e: raise ValueError(f'{f} is corrupt or cut short ({_line(e)}); copy or download it again') from None
 
-# %% ../../nbs/core/03_model.ipynb #c055
+# %% ../../nbs/core/03_model.ipynb #c058
 def _source(
     id_or_path, # As for `load`
 )->tuple:       # (what `from_pretrained` takes, name)
@@ -521,7 +552,7 @@ def _tried(what, f, *args, **kwargs):
         if 'safetensors' in str(e): raise ValueError(f'{args[0]} has no weights as safetensors: pickled weights can run code when they are opened, convert them first') from e
         raise OSError(f'{what} of {args[0]} could not be loaded ({type(e).__name__}: {_line(e)})') from e
 
-# %% ../../nbs/core/03_model.ipynb #c056
+# %% ../../nbs/core/03_model.ipynb #c059
 def load(
     id_or_path=None,         # Directory or hub id (default: the pocket teacher that ships inside the package)
     dtype=None,              # torch dtype or its name (default: what the config says)
