@@ -9,7 +9,7 @@ __all__ = ['centred_gram', 'Hsic', 'hsic', 'linear_cka', 'Pool', 'CKA', 'Kernels
 from dataclasses import dataclass,field
 import torch
 from ..core.data import collate,encoded,fingerprint,rows
-from ..core.plot import hatch,heat
+from ..core.plot import hatch,heat,literal
 from .stream import Meter,PerText,last_token,scan,as_double
 
 # %% ../../nbs/measure/12_cka.ipynb #c005
@@ -137,6 +137,13 @@ class CKA:
         return torch.stack([self.matrix[i,at[l]] if l in at else torch.tensor(float('nan')).double() for i,l in enumerate(self.student_layers)])
 
     @property
+    def full(self):
+        "The matrix with a row and a column for every layer, NaN where a model has lost it"
+        out = torch.full((max(self.student_layers)+1, max(self.teacher_layers)+1), float('nan')).double()
+        out[torch.tensor(self.student_layers)[:,None],torch.tensor(self.teacher_layers)] = self.matrix
+        return out
+
+    @property
     def dropped(self): return tuple(l for l in range(max(self.student_layers)) if l not in self.student_layers)
 
     def frame(self):
@@ -150,10 +157,8 @@ class CKA:
         **kwargs       # Passed to `ax.set`
     ):                 # The axes
         "The map on the fixed scale 0 to 1, values below 0 in blue; layers that the student lost are hatched"
-        full = torch.full((max(self.student_layers)+1, max(self.teacher_layers)+1), float('nan')).double()
-        full[torch.tensor(self.student_layers)[:,None],torch.tensor(self.teacher_layers)] = self.matrix
         what = f"CKA ({'unbiased' if self.unbiased else 'biased'}, {self.n} texts)"
-        ax = heat(full, ax=ax, vmin=0, vmax=1, under='#56b4e9', label=what, **{'xlabel':f'layer of {self.teacher}', 'ylabel':f'layer of {self.student}', **kwargs})
+        ax = heat(self.full, ax=ax, vmin=0, vmax=1, under='#56b4e9', label=what, **{'xlabel':literal(f'layer of {self.teacher}'), 'ylabel':literal(f'layer of {self.student}'), **kwargs})
         return hatch(ax, self.dropped, axis='y')
 
     def __repr__(self): return f'CKA of {self.student} with {self.teacher}: {len(self.student_layers)} x {len(self.teacher_layers)} layers, {self.n} texts in {len(self.groups)} groups, at the {self.pool} token' .replace('the mean token', 'mean over tokens')

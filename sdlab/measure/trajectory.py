@@ -10,9 +10,8 @@ import hashlib,json,os
 from dataclasses import dataclass,fields
 from pathlib import Path
 import torch
-import torch.nn.functional as F
 from ..core.data import rows,_words
-from ..core.plot import color_of,_axes
+from ..core.plot import color_of,literal,_axes
 from .cka import CKA,cka,kernels
 from .stream import as_double
 
@@ -46,7 +45,7 @@ class Frame:
         **kwargs  # Passed to `ax.set`
     ):            # The axes
         "Its CKA with the teacher, as a map"
-        return self.cka.plot(ax=ax, **({'title':_said(self)}|kwargs))
+        return self.cka.plot(ax=ax, **({'title':literal(_said(self))}|kwargs))
 
     def __repr__(self): return f'{_said(self)}: {self.cka!r}, {"no points" if self.points is None else f"points of width {self.points.shape[-1]}"}'
     def _repr_markdown_(self): return f'**{_said(self)}**\n\n{self.cka._repr_markdown_()}'
@@ -155,11 +154,9 @@ def procrustes(
 # %% ../../nbs/measure/14_trajectory.ipynb #c020
 def _main(x, k):
     "A cloud in its `k` widest directions, each pointing to where its farthest text is, shape (n, k)"
-    u,s,_ = torch.linalg.svd(x, full_matrices=False)
-    y = F.pad(u[:,:k]*s[:k], (0, max(0, k-len(s))))
+    s,u = torch.linalg.eigh(x@x.mT)                                                # of the n x n matrix, however wide the model
+    y = u.flip(-1)[:,:k]*s.flip(-1)[:k].clamp(min=0).sqrt()
     return y*y.gather(0, y.abs().argmax(0, keepdim=True)).sign()
-
-def _turned(x, anchor, k): return procrustes(_main(x, k), _main(anchor, k))
 
 # %% ../../nbs/measure/14_trajectory.ipynb #c023
 def _scaled(x, start, seed):
@@ -176,7 +173,8 @@ def _stress(x, xy): return ((torch.pdist(x)-torch.pdist(xy)).square().sum()/torc
 def _flat(clouds, at, method, seed, dims):
     "The clouds in the plane of the one at `at`, shape (F, n, 2)"
     k = max(2, min(dims, len(clouds[at])//8))
-    xy = [_turned(x, clouds[at], k)[:,:2] for x in clouds]
+    xy = [_main(x, k) for x in clouds]
+    xy = [procrustes(x, xy[at])[:,:2] for x in xy]
     if method=='pca': return torch.stack(xy)
     xy = [_scaled(*o, seed) for o in zip(clouds, xy)]
     return torch.stack([procrustes(o, xy[at]) for o in xy])
@@ -214,8 +212,8 @@ class Projection:
         "The texts of one frame, each with a line from where the anchor has it; all frames have the same scale"
         ax,a,b = _axes(ax, w=3.6, h=3.6),self.xy[self.anchor],self.xy[at]
         for p,q in zip(a, b): ax.plot(*zip(p.tolist(), q.tolist()), color='#999999', lw=.6, zorder=1)
-        ax.scatter(*a.T, s=26, facecolor='none', edgecolor=color_of('teacher'), lw=.8, label=self.names[self.anchor])
-        ax.scatter(*b.T, s=12, color=color_of(self.names[at], '#0072b2'), label=f'{self.names[at]}, step {self.steps[at]}')
+        ax.scatter(*a.T, s=26, facecolor='none', edgecolor=color_of('teacher'), lw=.8, label=literal(self.names[self.anchor]))
+        ax.scatter(*b.T, s=12, color=color_of(self.names[at], '#0072b2'), label=literal(f'{self.names[at]}, step {self.steps[at]}'))
         r = 1.05*self.xy.abs().max().item()
         ax.set(**(dict(xlim=(-r,r), ylim=(-r,r), aspect='equal', xlabel=f'{self.method.upper()} 1', ylabel=f'{self.method.upper()} 2', title=f'layer {self.layer}, {_lie(self, at)}')|kwargs))
         return ax
