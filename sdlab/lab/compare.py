@@ -127,15 +127,14 @@ def _rectangle(y, h, color):
     return Rectangle((0, y), .012, h, color=color, lw=0) if color!='none' else Rectangle((0, y), 0, h, lw=0)
 
 def _drawn(blocks, recovery): # Answers on the left, what came back on the right
-    import matplotlib.pyplot  # so that a notebook knows how to show a figure
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     lines = sum(len(l)+1.6 for _,_,l in blocks)
     n = 1 if recovery is None or not blocks else 2
-    fig = Figure(figsize=(6.5*n, max(3.2, .19*lines if blocks else 0)), layout='constrained')
-    axs = fig.subplots(1, n, squeeze=False)[0]
-    if blocks: _write(axs[0], blocks)
-    if recovery is not None: recovery.plot(ax=axs[-1], title=f'recovery, {len(recovery.items)//len(recovery.arms)} items')
-    elif not blocks: _write(axs[0], [('none', 'Nothing asked and nothing scored yet', [])])
+    fig,axs = plt.subplots(1, n, figsize=(6.5*n, max(3.2, .19*lines if blocks else 0)), layout='constrained', squeeze=False)
+    plt.close(fig)                # a notebook shows what a cell gives back, once
+    if blocks: _write(axs[0,0], blocks)
+    if recovery is not None: recovery.plot(ax=axs[0,-1], title=f'recovery, {len(recovery.items)//len(recovery.arms)} items')
+    elif not blocks: _write(axs[0,0], [('none', 'Nothing asked and nothing scored yet', [])])
     return fig
 
 # %% ../../nbs/lab/69_compare.ipynb #c016
