@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'Step', 'Route', 'Ground', 'ground', 'Road', 'road', 'page', 'lab_command', 'lab']
 
 # %% ../../nbs/lab/70_road.ipynb #c002
-import importlib.util, json, os, secrets, socket, subprocess, sys, tempfile, time
+import importlib.util, json, os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -420,6 +420,7 @@ def lab(
     import webbrowser
     if importlib.util.find_spec('voila') is None: raise ValueError("The page needs voila, which is not installed: pip install 'sdlab[lab]', or open the tutorials in JupyterLab.")
     _free(port)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # take the page along
     command,env,address = lab_command(port, teacher=_absolute(teacher), data=_absolute(data), out=out and str(Path(out).resolve()))
     with subprocess.Popen(command, env=env) as process:
         try:
