@@ -478,9 +478,14 @@ def _silent(
     finally:
         if on and was: logging.enable_progress_bar()
 
+def _whole(model):
+    "For `save_pretrained`: a view may hold one zero for a whole matrix, which has to be written out"
+    state = model.state_dict()
+    return {} if all(v.is_contiguous() for v in state.values() if torch.is_tensor(v)) else dict(state_dict={k:v.contiguous() for k,v in state.items()})
+
 def _write(lm, path, table):
     with _silent():
-        lm.model.save_pretrained(path)
+        lm.model.save_pretrained(path, **_whole(lm.model))
         lm.tokenizer.save_pretrained(path)
     (path/'README.md').write_text(_card(lm, table), encoding='utf-8')
     for f in path.iterdir(): shutil.copymode(path/'README.md', f) # as readable as any file; weights come out readable by their owner only
