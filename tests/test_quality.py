@@ -2,17 +2,20 @@
 import pytest, torch
 from families import FAMILIES, L, tiny, tokenizer
 from sdlab.compress.depth import without
-from sdlab.compress.quality import Replay, quality, _replay, _tail
+from sdlab.compress.quality import Replay, Trial, quality, quality_steps, _replay, _tail
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.measure.stream import Likelihood, scan, watching, _call
+from sdlab.measure.stream import Divergence, Likelihood, scan, watching, _call
 
 TEXTS = ['Ann has 12 pens.', 'Why?', 'One morning a very small dog', 'x = 1']
 
 
 @pytest.fixture
 def lm(): return LM(tiny('Qwen3'), tokenizer(), 'tiny')
+
+
+def hooked(*models): return [o for m in models for o in m.modules() if o._forward_hooks or o._forward_pre_hooks]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -25,7 +28,8 @@ def test_a_replay_is_the_cut_model(name):
     with watching(lm.blocks, lambda l, h: hs.append(h)): whole = _call(lm.model, b, lm.device).logits
     spans = [(l, e) for e in range(1, L+1) for l in range(e) if e-l<L]
     for l, e in spans:
-        want, got = _call(without(lm, Plan(L, range(l, e))).model, b, lm.device).logits, _replay(_tail(lm, e), lm.path, hs[l], b, e==L)
+        plan = Plan(L, range(l, e))
+        want, got = _call(without(lm, plan).model, b, lm.device).logits, _replay(_tail(lm, plan), lm.path, hs[l], b, e==L)
         assert torch.allclose(got[real], want[real], atol=1e-5, rtol=1e-5), (l, e)
         assert not torch.allclose(got[real], whole[real], atol=1e-2), (l, e)    # the test could have failed
 
@@ -54,8 +58,7 @@ def test_the_model_is_left_as_it_was(lm):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): scan(lm, breaking(), m)
     assert lm.fingerprint==was and [o.training for o in lm.model.modules()]==flags
-    hooked = [o for root in (lm.model, *m._tails.values()) for o in root.modules() if o._forward_hooks or o._forward_pre_hooks]
-    assert not hooked and m.tally.n==0 and not any(t.training for t in m._tails.values())
+    assert not hooked(lm.model, *m._tails.values()) and m._tails and m.tally.n==0 and not any(t.training for t in m._tails.values())
 
 
 def test_dropout_stays_off():
@@ -78,7 +81,8 @@ def test_a_cut_model_that_overflows(lm, monkeypatch):
         out = _replay(tail, path, h, b, empty)
         return out.masked_fill(b['row'][:, None, None]==2, float('nan')) if empty else out
     monkeypatch.setattr('sdlab.compress.quality._replay', broken)
-    with pytest.raises(ValueError, match='Without blocks 4 to 5 the model gives NaN or infinite logits for text 2'): quality(lm, batches(lm, TEXTS, size=4), sizes=(2,))
+    with pytest.raises(ValueError, match='Without blocks 4–5 the model gives NaN or infinite logits for text 2'): quality(lm, batches(lm, TEXTS, size=4), sizes=(2,))
+    with pytest.raises(ValueError, match='Without block 5 the model'): Trial(lm, batches(lm, TEXTS, size=2))(Plan(L, (5,)))
 
 
 def test_refusals(lm):
@@ -91,3 +95,78 @@ def test_refusals(lm):
     with pytest.raises(ValueError, match='only for 2 blocks, not for 1'): quality(lm, bs, sizes=(2,))['kl'].best(1)
     list(lm.blocks[3].parameters())[0].data.view(-1)[0] = float('nan')
     with pytest.raises(ValueError, match='Block 3 gives NaN'): quality(lm, bs, sizes=(1,))
+
+
+PLANS = (Plan(L, (0,)), Plan(L, (1, 4)), Plan(L, (0, 2, 5)), Plan(L, (3, 4, 5)), Plan(L, range(5)), Plan(L, range(1, L)),
+         Plan(L, attn=(0,)), Plan(L, mlp=(5,)), Plan(L, attn=(2, 3), mlp=(3, 4)), Plan(L, (1, 5), attn=(2,), mlp=(4,)), Plan(L, (4, 5), attn=(1,)))
+
+
+@pytest.mark.parametrize('name', ('Qwen3', 'Gemma3', 'Mixtral', 'GPT-2', 'BLOOM', 'Cohere2'))
+def test_a_trial_is_the_cut_model(name):
+    "Any plan, with gaps and with silent parts: the numbers of the view that `without` gives, whatever the batches"
+    lm = LM(tiny(name), tokenizer(), name)
+    bs = batches(lm, TEXTS, size=2)
+    trial, was = Trial(lm, batches(lm, TEXTS, size=3)), lm.fingerprint
+    for plan in PLANS:
+        cut, got = without(lm, plan), trial(plan)
+        said, kl = scan(cut, bs, Likelihood(), Divergence(lm))
+        assert got['loss']==pytest.approx((said['nll']/said['tokens']).mean().item(), abs=2e-4), plan
+        assert got['perplexity']==pytest.approx(said['perplexity'], rel=2e-4), plan
+        assert got['kl']==pytest.approx(kl.mean.item(), abs=2e-4) and got['kl_stderr']==pytest.approx(kl.stderr.item(), abs=2e-4), plan
+        assert got['kl']>1e-3 and (got['n'], got['texts'])==(said['tokens'].sum(), 4)       # the test could have failed
+    assert got['whole']==pytest.approx(scan(lm, bs, Likelihood())[0]['perplexity'], rel=1e-5)
+    assert lm.fingerprint==was and not hooked(lm.model)
+
+
+def test_a_trial_counts_answers_only(lm):
+    rows = [dict(prompt='2+2=', completion='4'), dict(prompt='a very long question, ', completion='yes and no')]
+    b = batches(lm, rows, size=2)
+    said, = scan(without(lm, Plan(L, (1, 3))), b, Likelihood())
+    got = Trial(lm, b)(Plan(L, (1, 3)))
+    assert got['n']==said['tokens'].sum()==11 and got['perplexity']==pytest.approx(said['perplexity'], rel=1e-4)
+
+
+def test_a_trial_refuses(lm):
+    with pytest.raises(ValueError, match='no texts'): Trial(lm, [])
+    with pytest.raises(ValueError, match='No token counts'): Trial(lm, batches(lm, ['a']))
+    trial = Trial(lm, batches(lm, TEXTS))
+    with pytest.raises(ValueError, match='for a model of 5 blocks, but tiny has 6'): trial(Plan(5, (1,)))
+    with pytest.raises(TypeError, match='Surgery takes a Plan'): trial((1, 2))
+    assert trial(Plan(L))['kl']==0
+
+
+@pytest.mark.parametrize('part', ('block', 'attention', 'mlp'))
+def test_steps_are_quality(lm, part):
+    "Walked to the end, `quality`; on the way, a map that only grows, and after the first batch only gets surer"
+    bs, seen = batches(lm, TEXTS, size=3), []
+    for done, total, s in quality_steps(lm, bs, part, sizes=(1, 3)): seen.append((done, total, s['kl'].values.isfinite().sum().item(), s['kl'].texts))
+    n, want = L+L-2, quality(lm, bs, sizes=(1, 3), part=part)
+    assert [o[0] for o in seen]==list(range(1, 2*n+1)) and {o[1] for o in seen}=={2*n}
+    assert [o[2] for o in seen]==[*range(1, n+1), *[n]*n] and [o[3] for o in seen]==[3]*(2*n-1)+[4]
+    for k in want:
+        assert torch.equal(s[k].values.nan_to_num(), want[k].values.nan_to_num()) and torch.equal(s[k].stderr.nan_to_num(), want[k].stderr.nan_to_num())
+        assert s[k].part==want[k].part==part and s[k].evidence==want[k].evidence and s[k].metric==want[k].metric
+    assert s['kl'].best(3).parts[part]
+
+
+def test_steps_can_be_left(lm):
+    "Closed, broken off or dropped: nothing is hooked, no switch of torch is left turned, nobody else's pass is disturbed"
+    was, bs = lm.fingerprint, batches(lm, TEXTS, size=2)
+    for k in (1, 7, 30):
+        steps = quality_steps(lm, bs)
+        for _ in range(k):
+            next(steps)
+            assert torch.is_grad_enabled() and not hooked(lm.model)
+        steps.close()
+    lm.model.train()
+    steps = quality_steps(lm, bs)
+    next(steps)
+    assert lm.model.training and lm.model(input_ids=bs[0]['input_ids']).logits.requires_grad
+    del steps
+    assert lm.model.train(False) and lm.fingerprint==was and not hooked(lm.model)
+
+
+def test_steps_refuse(lm):
+    with pytest.raises(ValueError, match='no texts'): next(quality_steps(lm, []))
+    with pytest.raises(ValueError, match="'block', 'attention' or 'mlp'"): next(quality_steps(lm, batches(lm, TEXTS), part='head'))
+    with pytest.raises(ValueError, match='sizes go from 1 to 5'): next(quality_steps(lm, batches(lm, TEXTS), sizes=6))
