@@ -280,7 +280,7 @@ class Instrument(t.HasTraits):
         import ipywidgets as w
         bar,what = w.FloatProgress(value=0., min=0., max=1., layout=dict(width='12em')),w.HTML()
         stop,bad = w.Button(description='Cancel', tooltip='Stop the work in the background'),w.HTML()
-        stop.on_click(self.guard(lambda _: self.worker.cancel()))
+        stop.on_click(self.guard(lambda _: self.cancel()))
         row = w.HBox([bar, what, stop])
         def show(_=None):
             row.layout.visibility = 'visible' if self.doing else 'hidden'
@@ -296,6 +296,9 @@ class Instrument(t.HasTraits):
         "Until the work in the background is done; Ctrl-C cancels it"
         if self._working is not None: self._working.wait(timeout)
         return self
+    def cancel(self):
+        "Stop long work in the background"
+        if self._working is not None: self._working.cancel()
     def close(self):
         "End what runs and take the widget off the page; may be called twice"
         if self.closed: return

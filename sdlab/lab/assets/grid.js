@@ -44,6 +44,7 @@ function render({ model, el }) {
       if (v === null) continue
       g.fillStyle = Number.isFinite(v) ? color(v) : pen.empty
       g.fillRect(x(c), y(r), cell - (cell > 7), cell - (cell > 7))
+      if (cell > 7) { g.strokeStyle = pen.line; g.lineWidth = .5; g.strokeRect(x(c) + .25, y(r) + .25, cell - 1.5, cell - 1.5) } // a dark cell on a dark page is still a cell
     }
     for (const r of get('hatched_rows')) hatch(g, x(0), y(r), C * cell, cell, pen.soft)
     for (const c of get('hatched_cols')) hatch(g, x(c), y(R - 1), cell, R * cell, pen.soft)
