@@ -327,9 +327,14 @@ def _number(v):
     "A float that JSON has a word for, or None"
     return None if v is None or not -float('inf')<(v := float(v))<float('inf') else v
 
+def _cell_value(v):
+    "A number, None where there is no cell, '' where there is one without a number"
+    if v is None or isinstance(v, str) and not v: return v
+    return '' if _number(v) is None else _number(v)
+
 class _Rows(t.List):
     "Rows of numbers: lists, an array or a tensor"
-    def validate(self, obj, value): return super().validate(obj, [[_number(v) for v in _lists(row)] for row in _lists(value)])
+    def validate(self, obj, value): return super().validate(obj, [[_cell_value(v) for v in _lists(row)] for row in _lists(value)])
 
 class _Series(t.List):
     "What a chart draws"
@@ -339,7 +344,7 @@ class Grid(anywidget.AnyWidget):
     "A heat map with labelled axes, row 0 at the bottom; a click or the arrow keys choose a cell"
     _esm = _assets('common.js', 'grid.js')
     _css = _assets('widgets.css')
-    values = _Rows().tag(sync=True)            # Rows of numbers; None where there is no cell
+    values = _Rows().tag(sync=True)            # Rows of numbers; None where there is no cell, NaN (sent as '') where there is one without a number
     rows = t.List(t.Unicode()).tag(sync=True)  # Names of the rows
     cols = t.List(t.Unicode()).tag(sync=True)  # Names of the columns
     row_title = t.Unicode('row').tag(sync=True)
@@ -354,6 +359,7 @@ class Grid(anywidget.AnyWidget):
     hatched_rows = t.List(t.Int()).tag(sync=True)
     hatched_cols = t.List(t.Int()).tag(sync=True)
     digits = t.Int(3).tag(sync=True)
+    blank = t.Unicode('').tag(sync=True)       # What is said of a cell without a number, which then can be chosen; '': it is no cell
     max_cell = t.Int(30).tag(sync=True)        # Pixels of a cell at most
     active = t.Bool(True).tag(sync=True)       # Can a cell be chosen?
     @t.default('palette')

@@ -7,14 +7,17 @@ function render({ model, el }) {
   const say = node('div', 'sdlab-say', root, { 'aria-live': 'polite', role: 'status' })
   let box = null, hover = null
 
-  const value = (r, c) => { const row = get('values')[r]; const v = row ? row[c] : null; return v === undefined ? null : v }
+  const value = (r, c) => { // a number; null: no cell; '': a cell without a number, if there is a word for that
+    const row = get('values')[r], v = row ? row[c] : null
+    return v === undefined || (v === '' && !get('blank')) ? null : v
+  }
   const name = (k, i) => { const l = get(k); return l.length > i ? l[i] : String(i) }
   const there = at => at && at.length === 2 && value(at[0], at[1]) !== null
-  const sentence = at => there(at) ? `${get('col_title')} ${name('cols', at[1])}, ${get('row_title')} ${name('rows', at[0])}: ${short(value(...at), get('digits'))}` : ''
+  const sentence = at => there(at) ? `${get('col_title')} ${name('cols', at[1])}, ${get('row_title')} ${name('rows', at[0])}: ${value(...at) === '' ? get('blank') : short(value(...at), get('digits'))}` : ''
 
   function range() {
-    const all = get('values').flat().filter(v => v !== null)
-    const lo = get('vmin') ?? Math.min(...all), hi = get('vmax') ?? Math.max(...all)
+    const all = get('values').flat().filter(v => v !== null && v !== '')
+    const lo = get('vmin') ?? (all.length ? Math.min(...all) : 0), hi = get('vmax') ?? (all.length ? Math.max(...all) : 1)
     return [lo, hi > lo ? hi : lo + 1]
   }
 
@@ -42,7 +45,7 @@ function render({ model, el }) {
     for (let r = 0; r < R; r++) for (let c = 0; c < C; c++) {
       const v = value(r, c)
       if (v === null) continue
-      g.fillStyle = Number.isFinite(v) ? color(v) : pen.empty
+      g.fillStyle = v === '' ? pen.empty : color(v)
       g.fillRect(x(c), y(r), cell - (cell > 7), cell - (cell > 7))
       if (cell > 7) { g.strokeStyle = pen.line; g.lineWidth = .5; g.strokeRect(x(c) + .25, y(r) + .25, cell - 1.5, cell - 1.5) } // a dark cell on a dark page is still a cell
     }
@@ -114,7 +117,7 @@ function render({ model, el }) {
   stage.addEventListener('keydown', key)
 
   const again = soon(drawBack), light = soon(drawFront)
-  for (const k of ['values', 'rows', 'cols', 'row_title', 'col_title', 'label', 'vmin', 'vmax', 'palette', 'under', 'hatched_rows', 'hatched_cols']) model.on(`change:${k}`, again)
+  for (const k of ['values', 'rows', 'cols', 'row_title', 'col_title', 'label', 'blank', 'vmin', 'vmax', 'palette', 'under', 'hatched_rows', 'hatched_cols']) model.on(`change:${k}`, again)
   for (const k of ['selected', 'marks']) model.on(`change:${k}`, light)
   const ends = [onTheme(again), onWidth(el, again)]
   drawBack()
