@@ -160,14 +160,15 @@ def _ask_one(c, name, question, task, i): # (answer, mark)
 
 def _ask_all(c, turn, question, task, i): # One arm after the other, until somebody asks something else; what failed is told at the end
     wrong = None
-    for j,k in enumerate(c.names):
-        if turn!=c.turn: return
-        c.doing,c.progress = f'{k} is answering ({j+1} of {len(c.names)})',j/len(c.names)
-        try: said,mark = _ask_one(c, k, question, task, i)
-        except Exception as e: wrong = wrong or e
-        else:
-            if turn==c.turn: c.marks,c.answers = c.marks|{k:mark},c.answers|{k:said}
-    c.doing = ''
+    try:
+        for j,k in enumerate(c.names):
+            if turn!=c.turn: return
+            c.doing,c.progress = f'{k} is answering ({j+1} of {len(c.names)})',j/len(c.names)
+            try: said,mark = _ask_one(c, k, question, task, i)
+            except Exception as e: wrong = wrong or e
+            else:
+                if turn==c.turn: c.marks,c.answers = c.marks|{k:mark},c.answers|{k:said}
+    finally: c.doing = ''
     if wrong: raise wrong
 
 def _ask(c): # Answers to what is shown now
