@@ -92,7 +92,7 @@ def test_missing_files_and_models(tmp_path, monkeypatch, capsys):
     "Each says what makes the missing thing, and leaves nothing"
     monkeypatch.chdir(tmp_path)
     refused(capsys, 'sdlab distances --texts none.jsonl', 'none.jsonl')
-    refused(capsys, 'sdlab distances ./none', 'no directory none')
+    refused(capsys, 'sdlab distances ./none --texts pocket', 'no directory none')
     refused(capsys, 'sdlab prune', 'runs/plan.json', '`sdlab distances`')
     refused(capsys, 'sdlab rewrite --data none.csv', 'none.csv')
     refused(capsys, 'sdlab tune', 'runs/cut', '`sdlab prune`')
