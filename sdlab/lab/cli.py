@@ -57,6 +57,7 @@ _COMMANDS = { # name -> (where, arguments by position, arguments that only make 
     'tune':('sdlab.lab.stages:stage_tune', ('student',), ()),
     'recovery':('sdlab.lab.stages:stage_recovery', (), ()),
     'cka':('sdlab.lab.stages:stage_cka', ('student', 'teacher'), ()),
+    'lab':('sdlab.lab.road:lab', (), ()),
 }
 
 def _function(where): # 'module:name' -> the function
