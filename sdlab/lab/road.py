@@ -16,7 +16,7 @@ from ..core.answers import Task
 from ..core.data import fingerprint, rows
 from ..core.model import LM, load
 from ..core.plan import Plan
-from ..core.pocket import pocket_calibration, pocket_rows, pocket_tasks
+from ..core.pocket import TASKS, pocket_calibration, pocket_rows, pocket_tasks
 from ..compress.depth import prune, without
 from ..distill.rewrite import rewrite
 from .compare import Compare
@@ -100,6 +100,7 @@ class Ground:
     calibration:object  # Rows to measure the stream on
     tasks:dict          # Name -> `Task`
     longest:int         # Tokens of an answer, at most
+    kinds:tuple=None    # A group for every text of `calibration`, to be coloured by; None if there are none
     def __repr__(self): return f'{self.teacher.name}: {len(self.train)} rows to heal on, {len(self.calibration)} to measure on, judged on {", ".join(f"{k} ({len(t)})" for k,t in self.tasks.items())}'
 
 def ground(
@@ -108,6 +109,7 @@ def ground(
     n=400,         # Rows to heal on, at most
     judged=60,     # Items of the main task; of the others half as many
     longest=96,    # Tokens of an answer, at most
+    texts=128,     # Texts to measure the stream on, at most
     seed=0,        # Of everything that is drawn
 )->Ground:
     "Open a teacher and its data; whatever cannot work is refused here"
@@ -115,16 +117,19 @@ def ground(
     lm = without(lm, Plan(lm.n, ()))
     if data is None and teacher is not None and lm.fingerprint!=load().fingerprint:
         raise ValueError(f'{lm.name} needs rows to be healed on: give data, such as a .jsonl file with prompt and completion.')
-    if data is None: return Ground(lm, pocket_rows('sums', n, 3, seed=seed), pocket_calibration(seed=seed), pocket_tasks(judged//2, seed=seed, sums=judged), longest)
+    if data is None: return Ground(lm, pocket_rows('sums', n, 3, seed=seed), pocket_calibration(texts//4, seed=seed), pocket_tasks(judged//2, seed=seed, sums=judged), longest, tuple(t for t in TASKS[:4] for _ in range(texts//4)))
     sides = _sides(lm, rows(data), None)
-    return Ground(lm, sides['train'].select(range(min(n, len(sides['train'])))), sides['calibration'], {'in domain':_task('in domain', sides['evaluation'], 'auto', judged, longest)}, longest)
+    few = lambda ds, k: ds.select(range(min(k, len(ds))))
+    return Ground(lm, few(sides['train'], n), few(sides['calibration'], texts), {'in domain':_task('in domain', sides['evaluation'], 'auto', judged, longest)}, longest)
 
 # %% ../../nbs/lab/70_road.ipynb #c013
+def _which(plan): return plan.n,plan.drop,plan.attn,plan.mlp # What a plan decides, whatever it was chosen for
+
 def _cutting(r, plan): # The plan, made into a model on tensors of its own
-    r.doing,r.progress = f'cutting {len(plan.drop)} of {plan.n} blocks',0.
+    r.doing,r.progress = f'cutting: {plan}',0.
     yield
     pruned = prune(r.ground.teacher, plan)
-    r._finish('cut', dict(plan=plan, pruned=pruned), plan.to_json())
+    r._finish('cut', dict(plan=plan, pruned=pruned), _which(plan))
 
 def _writing(r, size): # The teacher's words, `size` rows at a time
     g,how = r.ground,dict(out=r.folder/f'ledger-{r.ground.teacher.fingerprint[:8]}', max_new_tokens=r.ground.longest, batch_size=size, progress=False)
@@ -134,7 +139,10 @@ def _writing(r, size): # The teacher's words, `size` rows at a time
         rewrite(g.teacher, g.train.select(range(a, min(a+size, len(g.train)))), **how)
     data = rewrite(g.teacher, g.train, **how)                      # all of it is in the ledger now
     r._replace('write', _reader(r, data))
-    r._finish('write', data, fingerprint(data))
+    r._finish('write', data, _read_as(r, data))
+
+def _read_as(r, data): # The identity of the rows as edited: what was written, and what a hand changed
+    return fingerprint(data),tuple(sorted((i, m) for i,m in r.made['write'].marks.items() if m!='keep'))
 
 def _healing(r): # The students, as far as they get
     w = _watch(r)
@@ -144,7 +152,11 @@ def _healing(r): # The students, as far as they get
         while w.worker.busy: yield; time.sleep(.05)
         w.check()
     finally: w.stop()
-    if w.students: r._finish('heal', dict(w.students))
+    _healed(r)
+
+def _healed(r, change=None): # Take over what a training has come to, whoever started or stopped it
+    w = r.made['heal']
+    if w.students and set(w.frame().state)<={'finished', 'stopped', 'waiting'} and not w.running: r._finish('heal', dict(w.students)); r._stand()
 
 def _looking(r): # What the checkpoints looked like from inside
     r.doing,r.progress = 'laying out the checkpoints',0.
@@ -169,17 +181,20 @@ def _picker(r):
 
 def _reader(r, data):
     from sdlab.lab.reader import Reader
-    return Reader(data, r.ground.teacher)
+    new = Reader(data, r.ground.teacher, marks=r.folder/'marks.json')
+    new.observe(r.guard(lambda _: r._read()), 'turn')
+    return new
 
 def _watch(r):
     from sdlab.lab.watch import Watch
     arms = {k:(r.pruned, on) for k,on,wanted in (('SFT', 'reference', r.sft), ('self-data', 'completion', r.own)) if wanted}
     if not arms: raise ValueError('Choose at least one way to heal: on the given answers, on the teacher\'s words, or both.')
-    return Watch(arms, r.rows, r.ground.teacher, r.ground.calibration, prompts=(_question(r),), tasks=r.ground.tasks, epochs=r.epochs, lr=r.lr, batch_size=r.batch)
+    looks = {k:t.sample(20) for k,t in list(r.ground.tasks.items())[:2]}
+    return Watch(arms, r.rows, r.ground.teacher, r.ground.calibration, prompts=(_question(r),), tasks=looks, epochs=r.epochs, lr=r.lr, batch_size=r.batch)
 
 def _map(r):
     from sdlab.lab.map import Map
-    return Map({k:r.made['heal'].frames(k) for k in r.students})
+    return Map({k:r.made['heal'].frames(k) for k in ('teacher', *r.students)}, kinds=r.ground.kinds)
 
 def _question(r): # Something to ask of everyone
     t = next(iter(r.ground.tasks.values()))
@@ -201,7 +216,7 @@ class Road(Instrument):
         teacher=None, # LM, folder or hub id (default: the pocket teacher)
         data=None,    # Rows to heal on (default: the pocket teacher's word problems)
         out=None,     # Folder for the ledger of what the teacher writes (default: one for the time being)
-        **sizes       # Passed to `ground`: n, judged, longest, seed
+        **sizes       # Passed to `ground`: n, judged, longest, texts, seed
     ):
         super().__init__()
         self.ground,self.route,self.now = ground(teacher, data, **sizes),Route(),''
@@ -232,7 +247,7 @@ class Road(Instrument):
         old,self.made = self.made.get(name),self.made|{name:new}
         if old is not None: old.close()
     def _read(self): # Rows may have been dropped by hand since
-        if 'write' in self.made and self.route.value('write') is not None: self.route.remark('write', fingerprint(self.rows)); self._stand()
+        if self.route.value('write') is not None: self.route.remark('write', _read_as(self, self.route.value('write'))); self._stand()
 
     def _run(self, name, gen):
         self._open()
@@ -248,7 +263,7 @@ class Road(Instrument):
     )->'Road':
         "Step 1: make the cut"
         plan = self.picker.plan if plan is None else plan
-        if len(plan.keep)==plan.n and not getattr(plan, 'attn', ()) and not getattr(plan, 'mlp', ()): raise ValueError('This plan drops nothing: choose a span first.')
+        if not (plan.drop or plan.attn or plan.mlp): raise ValueError('This plan drops nothing: choose a span first.')
         return self._run('cut', _cutting(self, plan))
     def write(self,
         size=32, # Rows at once: also how soon a cancel is heard
@@ -365,7 +380,7 @@ def road(
     teacher=None, # LM, folder or hub id (default: the pocket teacher)
     data=None,    # Rows to heal on: a file, a hub id, or anything that `core.data.rows` reads (default: the pocket teacher's word problems)
     out=None,     # Folder for the ledger of what the teacher writes
-    **sizes       # Passed to `ground`: n, judged, longest, seed
+    **sizes       # Passed to `ground`: n, judged, longest, texts, seed
 )->Road:
     "Choose a cut, write the data, heal, look inside, compare: five instruments on one page"
     return Road(teacher, data, out, **sizes)
