@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from ..core.plot import _axes,curve
 from ..core.data import collate,encoded,fingerprint,rows
-from ..core.model import LM,load
+from ..core.model import LM,load,_silent
 from ..measure.stream import Likelihood,_still,scan
 
 # %% ../../nbs/recover/40_tune.ipynb #c005
@@ -383,7 +383,7 @@ def _calm():
     was = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(), _own_dice(), torch.inference_mode(False), torch.enable_grad():
+        with warnings.catch_warnings(), _silent(), _own_dice(), torch.inference_mode(False), torch.enable_grad():
             warnings.filterwarnings('ignore', category=FutureWarning, module='transformers|trl|peft')
             yield
     finally: logging.set_verbosity(was)
