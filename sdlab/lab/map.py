@@ -225,7 +225,7 @@ class _Pictures(_State):
         return f'at layer {self.layer} a text is {p.moved[1].mean().item():.2f} from where {self._fixed} has it ({self.method.upper()}, {lie})'
 
 # %% ../../nbs/lab/68_map.ipynb #c013
-def _row_values(m): return [[None if v!=v else v for v in r] for r in m.tolist()]
+def _cells(m, lost): return [[None]*len(r) if i in lost else r for i,r in enumerate(m.tolist())] # rows that a student lost are no cells
 
 class Map(_Pictures):
     "What does training do to a student's layers, as its teacher sees them, and to the texts in them?"
@@ -257,9 +257,9 @@ class Map(_Pictures):
     def build(self):
         "Controls and pictures"
         import ipywidgets as w
-        self._maps = [Grid(vmin=0., vmax=1., col_title=f'layer of {self._anchor.cka.teacher}', rows=self._numbers, cols=self._numbers, max_cell=24) for _ in 'ab']
+        self._maps = [Grid(vmin=0., vmax=1., col_title=f'layer of {self._anchor.cka.teacher}', rows=self._numbers, cols=self._numbers, max_cell=24, blank='the same state for every text') for _ in 'ab']
         self._curves = Chart(xlabel="layer, in the teacher's numbers", ylabel='CKA with the same place', ylim=[self.low, 1.02], label='Diagonal of the map', width=420, height=300)
-        self._plane = Chart(width=420, height=398, label='The texts in two dimensions', glide=400)
+        self._plane = Chart(width=380, height=358, label='The texts in two dimensions', glide=400)
         self._said = [w.HTML() for _ in 'abc']
         for g in self._maps: g.observe(self.guard(lambda c: c['new'] and self.set_trait('layer', c['new'][0])), 'selected')
         self._curves.observe(self.guard(self._pick_layer), 'selected')
@@ -276,11 +276,11 @@ class Map(_Pictures):
     def _controls(self, w):
         "The rows of controls, each bound to its part of the state"
         wide = dict(style=dict(description_width='initial'))
-        layer = self.bind('layer', w.IntSlider(min=0, max=self.depth, description='Layer', tooltip='The layer whose texts are drawn below', layout=dict(width='22em')))
-        method = self.bind('method', w.ToggleButtons(options=[('PCA','pca'),('MDS','mds')], description='Plane', style=dict(button_width='4em')))
-        rows = [self._player(w), w.HBox([layer, method], layout=dict(flex_flow='row wrap'))]
+        layer = self.bind('layer', w.IntSlider(min=0, max=self.depth, description='Layer', tooltip='The layer whose texts are drawn below', layout=dict(width='20em', margin='0 1em 0 0'), style=dict(description_width='initial')))
+        method = self.bind('method', w.ToggleButtons(options=[('PCA','pca'),('MDS','mds')], description='Plane', tooltip='How the texts are brought into the plane', style=dict(button_width='4em', description_width='initial'), layout=dict(width='auto')))
+        rows = [w.HBox([self._player(w), layer, method], layout=dict(flex_flow='row wrap'))]
         if len(self.students)==1: return rows
-        mode = self.bind('mode', w.ToggleButtons(options=[('One','one'),('Side by side','both'),('Difference','difference')], description='Compare', style=dict(button_width='7em')))
+        mode = self.bind('mode', w.ToggleButtons(options=[('One','one'),('Side by side','both'),('Difference','difference')], description='Compare', tooltip='One student, two, or the first minus the second', style=dict(button_width='8em', description_width='initial'), layout=dict(width='auto', margin='0 1em 0 0')))
         pair = [self.bind(k, w.Dropdown(options=self.students, description=said, **wide)) for k,said in (('student','Student'),('other','against'))]
         return [w.HBox([mode, *pair], layout=dict(flex_flow='row wrap')), *rows]
 
@@ -291,7 +291,7 @@ class Map(_Pictures):
         play = w.Play(min=0, max=last, value=self.steps.index(self.step), interval=900, tooltip='Play through the steps')
         play.observe(self.guard(lambda c: self.set_trait('step', self.steps[c['new']])), 'value')
         self.observe(lambda c: play.set_trait('value', self.steps.index(c['new'])), 'step')
-        return w.HBox([play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the look', layout=dict(width='24em')))])
+        return w.HBox([play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the look', layout=dict(width='22em', margin='0 1em 0 0'), style=dict(description_width='initial')))])
 
     def _pick_layer(self, change):
         if change['new']: self.layer = int(self._curves.series[change['new'][0]]['x'][change['new'][1]])
@@ -300,6 +300,7 @@ class Map(_Pictures):
 
     def _show(self, name):
         "Bring the pictures up to the state, of which `name` changed"
+        if self.closed: return
         if name in ('step','student','other','mode'): self._show_maps()
         self._show_curves()
         self._show_layer()
@@ -313,9 +314,9 @@ class Map(_Pictures):
             f = self.look(k)
             with g.hold_sync():
                 g.vmin,g.vmax,g.palette,g.under = (-self._reach(),self._reach(),palette('RdBu_r'),'') if apart else (0.,1.,palette(),'#56b4e9')
-                g.values = _row_values(self.matrix if apart else f.cka.full)
                 g.hatched_rows = sorted({l for o in (self.shown if apart else [k]) for l in self.look(o).cka.dropped})
-                g.row_title,g.label = ('layer of both','Difference of CKA') if apart else (f'layer of {k}',f'CKA of {self._title(k)} with {self._anchor.cka.teacher}')
+                g.values = _cells(self.matrix if apart else f.cka.full, g.hatched_rows)
+                g.row_title,g.label = ('layer of both','Difference of CKA') if apart else (f'layer of {k}',f'CKA, {self.n} texts')
             said.value = f"<b>{esc(f'{self.student} minus {self.other}, step {self.step}' if apart else self._title(k))}</b>"+''.join(f'<br>{esc(o)}' for o in f.cka.blank if f.cka.student in o)
             if apart: break
 
