@@ -1,10 +1,11 @@
 """Every family of causal language models: found, measured, cut, saved, reloaded in a process that has never seen sdlab."""
 import copy, hashlib, json, subprocess, sys
 import pytest, torch
-from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, loud, tiny, tokenizer
+from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, tiny, tokenizer
 from sdlab.compress.depth import prune, without
 from sdlab.core.data import batches, decode
-from sdlab.core.model import LM, generate
+from sdlab.core.model import LM, generate, load
+from sdlab.core.parts import find_writers, silent_modules, silenced
 from sdlab.core.plan import Plan
 from sdlab.measure.importance import distances
 
@@ -63,6 +64,19 @@ def state(lm):
 def tensors(lm): return {id(t): t for t in [*lm.model.parameters(), *lm.model.buffers()] if t.numel()}.values()
 
 
+def own(view, lm):
+    "Bytes that a view holds beyond the tensors of `lm`"
+    theirs = {t.untyped_storage().data_ptr() for t in tensors(lm)}
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(view) if t.untyped_storage().data_ptr() not in theirs}.values())
+
+
+def zeros(lm, plan):
+    "Bytes that silence may cost a view: a number for each weight, and for experts, whose kernels want rows, one matrix of each shape"
+    mods = [lm.blocks[i].get_submodule(k) for i, o in find_writers(lm, {*plan.attn, *plan.mlp}).items() for part, idx in (('attention', plan.attn), ('mlp', plan.mlp)) if i in idx for k in o[part]] if plan.attn or plan.mlp else []
+    ps = [p for m in mods for p in m.parameters(recurse=False)]
+    return sum(4 for p in ps if p.ndim<3) + sum({p.shape: p[0].numel()*4 for p in ps if p.ndim==3}.values())
+
+
 def pointers(lm): return {t.data_ptr() for t in tensors(lm)}
 
 
@@ -93,7 +107,7 @@ def check(lm, plan, folder, bare):
     before, was = state(lm), logits(lm)
     view, cut = without(lm, plan), prune(lm, plan)
     assert torch.equal(logits(view), logits(cut))                       # bit for bit
-    assert pointers(view) <= pointers(lm)                               # no memory of its own
+    assert own(view, lm)==zeros(lm, plan)                               # no memory of its own
     assert not pointers(cut) & pointers(lm)                             # all of it its own
     assert all(t.untyped_storage().nbytes()==t.numel()*t.element_size() for t in tensors(cut))
     assert (lm.model.get_input_embeddings().weight is lm.model.get_output_embeddings().weight) == (cut.model.get_input_embeddings().weight is cut.model.get_output_embeddings().weight)
@@ -125,6 +139,127 @@ def test_family(name, tmp_path, bare):
     for cut, drop in CUTS.items():
         assert (logits(without(lm, Plan(L, drop)))-logits(lm)).abs().max() > .1    # the cut can be seen at all
         check(lm, Plan(L, drop), tmp_path/cut, bare)
+
+
+# Halves of blocks ---------------------------------------------------------------------------------------------------
+HALF = Plan(L, (1, 5), attn=(0, 3), mlp=(3, 4))   # beside whole blocks, one of them losing both
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_half_a_block(name, tmp_path, bare):
+    "Zeros in the writer are what hooks that take the half away say: logits, cached and padded answers; and all that a cut has to keep"
+    lm = LM(tiny(name), tokenizer(), name)
+    view, live = without(lm, HALF), without(lm, Plan(L, HALF.drop))
+    with deaf(live, *([HALF.keep.index(i) for i in v] for v in (HALF.attn, HALF.mlp))): want, said, padded = logits(live), alone(live), greedy(live, True)
+    torch.testing.assert_close(logits(view), want, rtol=0, atol=1e-5)
+    assert alone(view)==said and greedy(view, True)==padded
+    assert view.silent=={'attention': HALF.attn, 'mlp': HALF.mlp} and view.strip=='▀▁█░▄▁'
+    check(lm, HALF, tmp_path/'cut', bare)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_every_half_of_every_block(name):
+    lm = LM(tiny(name), tokenizer(), name)
+    before = state(lm)
+    for i in range(L):
+        for kw in (dict(attn=[i]), dict(mlp=[i]), dict(attn=[i], mlp=[i])):
+            with deaf(lm, **kw): want = logits(lm)
+            got = silenced(lm, **kw)(input_ids=IDS).logits
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+            assert (got-logits(lm)).abs().max() > 1e-3
+    assert state(lm)==before
+
+
+@pytest.mark.parametrize('name', ['Llama', 'Gemma3', 'Mixtral', 'GPT-NeoX', 'BLOOM', 'Qwen3-MoE'])
+def test_halves_compose(name, tmp_path):
+    "Cut after cut, saved and reloaded in between, is one cut, in the teacher's numbers"
+    lm = LM(tiny(name), tokenizer(), name)
+    once = prune(lm, Plan(L, (1,), attn=(3, 4), mlp=(4, 5)))
+    steps = (Plan(L, attn=(1, 3)), Plan(L, (1,)), Plan(5, mlp=(3, 4)), Plan(5, attn=(3,)))
+    part = lm
+    for k, plan in enumerate(steps): part = load(prune(part, plan).save(tmp_path/str(k)))
+    assert part.kept==once.kept==(0, 2, 3, 4, 5) and part.silent==once.silent=={'attention': (3, 4), 'mlp': (4, 5)}
+    assert part.strip==once.strip=='█▁█▀░▄' and part.provenance['silent']=={'attention': [3, 4], 'mlp': [4, 5]}
+    torch.testing.assert_close(logits(part), logits(once), rtol=0, atol=1e-5)
+    assert torch.equal(logits(prune(part, Plan(5, attn=(3,), mlp=(3,)))), logits(part))       # silent already
+    assert [s['plan']['drop'] for s in part.provenance['steps']]==[json.loads(p.to_json())['drop'] for p in steps]
+    gone = prune(part, Plan(5, (2, 3)))
+    assert gone.silent=={'attention': (), 'mlp': (5,)} and gone.strip=='█▁█▁▁▄'
+    none = prune(gone, Plan(3, (2,)))
+    assert 'silent' not in none.provenance and torch.equal(logits(none), logits(prune(lm, Plan(L, (1, 3, 4, 5)))))
+    card = (tmp_path/'3'/'README.md').read_text()
+    assert 'the attention of 3–4 silent' in card and 'dropped blocks 1 of 6' in card and '`█▁█▀░▄`' in card
+
+
+@pytest.mark.parametrize('name', ['Llama', 'Mixtral', 'GPT-2'])
+def test_a_view_of_halves_can_be_saved(name, tmp_path, bare):
+    lm = LM(tiny(name), tokenizer(), name)
+    view = without(lm, Plan(L, (2,), attn=(0, 3), mlp=(3, 4)))
+    got = bare(view.save(tmp_path/'view'))
+    assert not got['odd']
+    torch.testing.assert_close(torch.tensor(got['logits']), logits(view), rtol=0, atol=1e-5)
+
+
+def test_silence_is_frozen_and_found_again(tmp_path):
+    "Training would wake what is silent: its weights are frozen, and a reload can name them"
+    lm = LM(tiny('Qwen3-MoE'), tokenizer(), 'tiny')
+    cut = prune(lm, Plan(L, (0,), attn=(2,), mlp=(1, 2)))
+    frozen = {n for n, p in cut.model.named_parameters() if not p.requires_grad}
+    names = silent_modules(load(cut.save(tmp_path/'cut')))
+    assert sorted(names)==['model.layers.0.mlp.down_proj', 'model.layers.1.mlp.experts', 'model.layers.1.self_attn.o_proj']
+    assert frozen=={f'{k}.{p}' for k in names for p, _ in cut.model.get_submodule(k).named_parameters(recurse=False)}
+    assert all(p.requires_grad for p in lm.model.parameters()) and silent_modules(lm)==[]
+
+
+def test_tied_and_half_precision():
+    "A tie stays a tie, and what is found in float32 is found in bfloat16"
+    lm = LM(tiny('Gemma2'), tokenizer(), 'tied')
+    cut = prune(lm, Plan(L, attn=(2,), mlp=(3,)))
+    assert cut.model.lm_head.weight is cut.model.model.embed_tokens.weight
+    for name in ('Llama', 'Mixtral', 'Gemma3', 'GPT-NeoX', 'BLOOM'):
+        lm = LM(tiny(name), tokenizer(), name)
+        want = find_writers(lm)
+        lm.model.to(torch.bfloat16)
+        assert find_writers(lm)==want
+
+
+def test_halves_refused():
+    "In one sentence, before anything is built, and the model as it was"
+    from transformers import AutoModelForCausalLM
+    lm = LM(tiny('Llama'), tokenizer(), 'tiny')
+    def says(what, lm, plan, act=without):
+        before = state(lm)
+        with pytest.raises(ValueError, match=what) as e: act(lm, plan)
+        assert '\n' not in str(e.value) and state(lm)==before
+    behind = LM(tiny('OPT', do_layer_norm_before=False), tokenizer(), 'behind')
+    for act in (without, prune):
+        says('Block 3 of behind cannot be taken apart: .* a norm with a bias', behind, Plan(L, attn=(3,)), act)
+        says('Block 3 of behind cannot be taken apart', behind, Plan(L, mlp=(3,)), act)
+    ssm = LM(tiny(ODD['Mamba']), tokenizer(), 'ssm')
+    says('Block 2 of ssm has no MLP to tell apart', ssm, Plan(ssm.n, attn=(2,)))
+    shared = LM(tiny('Llama'), tokenizer(), 'shared')
+    shared.blocks[4].mlp.down_proj.weight = shared.blocks[1].mlp.down_proj.weight
+    says('Block 1 of shared shares mlp.down_proj with other parts', shared, Plan(L, mlp=(1,)))
+    lm.model.is_quantized = True
+    says('is quantised, .* silence attention or MLP first', lm, Plan(L, mlp=(1,)))
+    del lm.model.is_quantized
+    says('for a model of 7 blocks, but tiny has 6', lm, Plan(7, attn=(1,)))
+    away = LM(tiny('Llama'), tokenizer(), 'away')
+    away.model.lm_head.weight = torch.nn.Parameter(away.model.lm_head.weight.to('meta'))
+    with pytest.raises(ValueError, match='not in memory'): silenced(away, attn=(1,))
+
+
+def test_plans_of_halves():
+    for bad, what in ((dict(drop=(1,), attn=(1,)), r'Blocks \[1\] would go whole and lose the attention'), (dict(drop=(1,), mlp=(0, 1)), r'Blocks \[1\] would go whole and lose the MLP'),
+                      (dict(attn=(L,)), 'outside a model of 6'), (dict(mlp=(-1,)), 'outside a model of 6'), (dict(attn=(2, 2)), 'more than once'),
+                      (dict(attn=range(L), mlp=range(L)), 'Nothing would be left'), (dict(drop=(0, 1), attn=range(2, L), mlp=range(2, L)), 'Nothing would be left')):
+        with pytest.raises(ValueError, match=what): Plan(L, **bad)
+    for bad in (dict(attn=3), dict(mlp='12'), dict(attn=[True]), dict(mlp=[1.5])):
+        with pytest.raises(TypeError, match='must be a sequence of block indices'): Plan(L, **bad)
+    old = Plan.from_json('{"n": 6, "drop": {"block": [2, 3]}, "why": "angular", "evidence": null}')
+    assert old==Plan(6, (2, 3), 'angular') and '"attention"' not in old.to_json()
+    for part, field in (('block', 'drop'), ('attention', 'attn'), ('mlp', 'mlp')): assert getattr(Plan.span(L, 1, 3, part), field)==(1, 2, 3)
+    with pytest.raises(ValueError, match='knows block, attention, mlp'): Plan.from_json(dict(n=6, drop=dict(head=[1])))
 
 
 @pytest.mark.parametrize('name', ['Llama', 'Qwen3', 'Gemma3', 'SmolLM3', 'Qwen3-MoE'])
