@@ -164,6 +164,18 @@ def test_an_interrupted_rewriting_goes_on(tmp_path, monkeypatch, capsys, road):
     assert type_in('sdlab rewrite --n 12 --max-new-tokens 64')==0
     assert list(rows('runs/data/data.jsonl'))==list(rows(road[0]/'runs'/'data'/'data.jsonl'))
 
+def test_a_model_that_somebody_trained(data, tmp_path, monkeypatch, capsys):
+    "Plain stories: every command with a file, and the student is the teacher up to the cut"
+    monkeypatch.chdir(tmp_path)
+    model, texts = data/'models'/'stories-260k', data/'tinystories'/'stories.json'
+    for line in (f'distances {model} --texts {texts} --n 32 --drop 1', f'prune {model}', f'rewrite {model} --data {texts} --n 12 --max-new-tokens 32', 'tune --epochs 1', f'recovery --teacher {model} --tasks {texts} --n 8', f'cka runs/cut {model} --texts {texts} --n 32'):
+        assert type_in(f'sdlab {line}')==0, capsys.readouterr().err
+    cut, same = load('runs/cut'), pd.read_csv('runs/map/cka.csv').query('student==teacher').set_index('student').cka
+    first = next(i for i in range(6) if i not in cut.kept)
+    assert cut.n==4 and (same[same.index<=first]>.9999).all()
+    score = pd.read_csv('runs/recovery/recovery.csv').set_index('arm').score
+    assert score['teacher']<score['pruned']
+
 def test_in_a_real_shell(road):
     "The installed command: help without torch, a stage, and a mistake"
     exe = str(Path(sys.executable).parent/'sdlab')

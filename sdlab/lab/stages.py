@@ -10,7 +10,7 @@ import json, random, re, shlex
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from ..core.data import batches, fingerprint, rows
+from ..core.data import batches, fingerprint, overlap, rows
 from ..core.plan import Plan
 from ..core.pocket import TASKS, pocket_calibration, pocket_rows, pocket_tasks
 from ..compress.depth import prune
@@ -27,7 +27,7 @@ class Wrote:
     said:str    # The result, in a line or a table
     paths:tuple # Files and folders, in the order of interest
     then:str='' # What could be typed next
-    def __str__(self): return '\n'.join(['', self.said, '', 'wrote '+', '.join(map(str, self.paths)), *([f'next: {self.then}'] if self.then else [])])
+    def __str__(self): return '\n'.join([self.said, '', 'wrote '+', '.join(map(str, self.paths)), *([f'next: {self.then}'] if self.then else [])])
     __repr__ = __str__
     def frame(self):
         "A row per file or folder: `path` and `bytes`"
@@ -197,7 +197,7 @@ def stage_tune(
     ds = _drawn(_source(data, '', 'data', None), n, seed)
     lm,teacher = _model(student, dtype, device),_remembered(student, 'teacher', 'TEACHER')
     how = dict(epochs=epochs, lr=lr, batch_size=batch_size, lora=lora or None, seed=seed)
-    folder = _done(out, dict(command='tune', teacher=teacher, student=lm.fingerprint, data=fingerprint(ds), on=on, **how), fresh, lambda f: _heal(f, lm, ds, on, to='.', **how))
+    folder = _done(out, dict(command='tune', teacher=teacher, rows=str(data), student=lm.fingerprint, data=fingerprint(ds), on=on, **how), fresh, lambda f: _heal(f, lm, ds, on, to='.', **how))
     arms = (f'pruned={student}', f"{'SFT' if on=='reference' else 'self-data'}={folder}")
     return Wrote(_tuning(folder), (folder,), _typed('recovery', teacher=teacher, arms=arms, tasks=None if teacher=='pocket' else 'HELD_OUT.jsonl', out=folder.parent/'recovery', **_at(dtype, device)))
 
@@ -233,20 +233,25 @@ def stage_recovery(
     tasks = _judged(lm, tuple(tasks), teacher, rule, n, max_new_tokens, seed)
     out = claim(out, dict(command='recovery', teacher=str(teacher), model=lm.fingerprint, tasks={k:fingerprint(t.rows) for k,t in tasks.items()}, rule=rule, max_new_tokens=max_new_tokens, seed=seed), fresh, 'stage')
     for k,path in dict(teacher=None, **arms).items(): _asked(out/k, k, lm, path and _model(path, dtype, device), tasks)
-    return _verdict(out, {'teacher':None, **arms}, teacher, seed, _at(dtype, device))
+    return _verdict(out, {'teacher':None, **arms}, teacher, seed, _at(dtype, device), _leaks(arms, tasks))
 
 def _asked(folder, arm, teacher, student, tasks): # One arm, once
     lm = student or teacher
     _alike({'teacher':teacher, arm:lm}, tasks)
     _done(folder, dict(command='recovery', arm=arm, model=lm.fingerprint), False, lambda f: _judge(f, arm, lm, tasks))
 
-def _verdict(out, arms, teacher, seed, at): # Table, picture and items of what was asked
+def _leaks(arms, tasks): # Items that an arm was trained on: a line for each such arm and task
+    read = {k:_source(data, '', 'data', None) for k,v in arms.items() if (data := _remembered(v, 'rows', '')) and Path(data).exists()}
+    seen = [(a, k, len(overlap(t.rows, ds)), len(t)) for a,ds in read.items() for k,t in tasks.items()]
+    return ''.join(f'\nmind: {a} was trained on {i} of the {n} items of {k}, so this is no test of it' for a,k,i,n in seen if i)
+
+def _verdict(out, arms, teacher, seed, at, leaks): # Table, picture and items of what was asked
     found = Recovery(pd.concat([pd.read_parquet(out/k/'items.parquet') for k in arms], ignore_index=True), seed=seed)
     found.items.to_parquet(out/'items.parquet')
     found.frame().to_csv(out/'recovery.csv', index=False)
     _save_figure(found.panels()[0], out/'recovery.png')
     last = [*arms.values()][-1]
-    return Wrote(repr(found), (out/'recovery.csv', out/'recovery.png', out/'items.parquet'), _typed('cka', last, teacher, texts=None if teacher=='pocket' else 'TEXTS.jsonl', out=out.parent/'map', **at))
+    return Wrote(repr(found)+leaks, (out/'recovery.csv', out/'recovery.png', out/'items.parquet'), _typed('cka', last, teacher, texts=None if teacher=='pocket' else 'TEXTS.jsonl', out=out.parent/'map', **at))
 
 # %% ../../nbs/lab/71_stages.ipynb #c024
 def stage_cka(
