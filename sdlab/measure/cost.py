@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass,replace
 import torch
 from torch import nn
-from ..core.plan import Plan
+from ..core.plan import PARTS,Plan
 
 # %% ../../nbs/measure/13_cost.ipynb #c005
 def _macs(
@@ -63,6 +63,8 @@ class Cost:
     context:int        # Tokens looked back at
     seconds:float=None # Measured, per token; None if not asked for
     whole:'Cost'=None  # The model before the cut
+    attn:int=0         # Attentions that are silent in it: zeros, at full price
+    mlp:int=0          # MLPs that are silent in it, likewise
 
     @property
     def macs(self): return self.linear+self.attention+self.head
@@ -74,7 +76,7 @@ class Cost:
     def frame(self):
         "One row, two if there is a model before the cut"
         import pandas as pd
-        cols = 'name n params bytes linear attention head macs context seconds reduction macs_reduction'.split()
+        cols = 'name n params bytes linear attention head macs context seconds reduction macs_reduction attn mlp'.split()
         return pd.DataFrame([{c:getattr(o, c) for c in cols} for o in (self.whole,self) if o is not None])
 
     def plot(self, ax=None, **kwargs):
@@ -85,8 +87,11 @@ class Cost:
 
     def __repr__(self):
         cut = f', {self.reduction:.2%} of the parameters and {self.macs_reduction:.2%} of the MACs less' if self.whole else ''
-        return f'{self.name}: {self.n} blocks, {_si(self.params)} parameters, {_si(self.bytes)}B, {_si(self.macs)} MACs per token at {self.context}'+cut
+        zeros = f'; {_halves(self.attn, self.mlp)} silent, which saves neither memory nor time: zeros are stored and multiplied like other numbers' if self.attn or self.mlp else ''
+        return f'{self.name}: {self.n} blocks, {_si(self.params)} parameters, {_si(self.bytes)}B, {_si(self.macs)} MACs per token at {self.context}'+cut+zeros
     def _repr_markdown_(self): return repr(self).replace('*', r'\*')
+
+def _halves(attn, mlp): return ' and '.join(f'{k} {w}{"s"*(k>1)}' for k,w in ((attn,'attention'), (mlp,'MLP')) if k)
 
 def _si(n): return next((f'{n/k:.4g} {s}' for k,s in ((1e9,'G'),(1e6,'M'),(1e3,'k')) if n>=k), str(n))
 
@@ -110,7 +115,7 @@ def seconds_per_token(
 # %% ../../nbs/measure/13_cost.ipynb #c010
 def cost(
     lm,           # An `LM`, or the config of a model, which is then not loaded
-    plan=None,    # Count as if these blocks were cut: a `Plan`
+    plan=None,    # Count as if these blocks were cut: a `Plan`; attentions and MLPs that it silences save nothing, and are counted as such
     context=1024, # Tokens looked back at, for attention
     dtype=None,   # Type of the weights for the bytes (default: as they are, or as the config says)
     timed=False,  # Measure seconds per token as well? Needs an `LM`, and no plan
@@ -138,10 +143,17 @@ def _count(lm, model, cfg, plan, context, dtype):
     path = getattr(lm, 'path', None) or _stack(model, plan.n)
     blocks,left = model.get_submodule(path),_left(model, path, plan.drop)
     head,size = model.get_output_embeddings(),_width(lm, cfg, dtype)
-    name = f'{_name(lm, cfg)}{f" - {len(plan.drop)} blocks" if plan.drop else ""}'
+    name = f'{_name(lm, cfg)}{f" - {len(plan.drop)} blocks" if plan.drop else ""}{f" - {o}" if (o := _halves(len(plan.attn), len(plan.mlp))) else ""}'
     return Cost(name, len(plan.keep), sum(p.numel() for p in left), sum(p.numel()*(size or p.element_size()) for p in left),
         sum(_macs(blocks[i], getattr(cfg, 'num_experts_per_tok', None) or 1) for i in plan.keep),
-        sum(_attention(cfg, i, context) for i in plan.keep), head.weight.numel() if head is not None else 0, context)
+        sum(_attention(cfg, i, context) for i in plan.keep), head.weight.numel() if head is not None else 0, context, **_mute(lm, plan))
+
+def _mute(lm, plan):
+    "How many attentions and MLPs are silent after `plan`, those that earlier cuts silenced included"
+    prov = getattr(getattr(lm, 'config', lm), 'sdlab', None) or {}
+    kept = k if len(k := prov.get('kept', ()))==plan.n else range(plan.n)
+    gone,was = {kept[i] for i in plan.drop},prov.get('silent', {})
+    return {PARTS[k]:len({*was.get(k, ()), *(kept[i] for i in plan.parts[k])}-gone) for k in ('attention','mlp')}
 
 def _name(lm, cfg): return getattr(lm, 'name', None) or getattr(cfg, '_name_or_path', '') or cfg.model_type
 
