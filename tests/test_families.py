@@ -7,7 +7,9 @@ from sdlab.core.data import batches, decode
 from sdlab.core.model import LM, generate, load
 from sdlab.core.parts import find_writers, silent_modules, silenced
 from sdlab.core.plan import Plan
-from sdlab.measure.importance import distances
+from sdlab.measure.cost import cost
+from sdlab.measure.importance import angular_distance, distances, importance, importance_steps, influence, relative_update
+from sdlab.measure.stream import _call, watching
 
 CUTS = {'middle': (2, 3), 'first': (0,), 'scattered': (1, 4)}
 PROMPTS = ['Ann has 12 pens', 'the', 'One day a small dog']   # of different lengths, two of them longer than the window
@@ -153,6 +155,8 @@ def test_half_a_block(name, tmp_path, bare):
     with deaf(live, *([HALF.keep.index(i) for i in v] for v in (HALF.attn, HALF.mlp))): want, said, padded = logits(live), alone(live), greedy(live, True)
     torch.testing.assert_close(logits(view), want, rtol=0, atol=1e-5)
     assert alone(view)==said and greedy(view, True)==padded
+    said, saved = cost(lm, HALF), cost(lm, Plan(L, HALF.drop))
+    assert (said.params, said.macs, said.attn, said.mlp)==(saved.params, saved.macs, 2, 2) and 'saves neither memory nor time' in repr(said) and 'silent' in repr(cost(view))
     assert view.silent=={'attention': HALF.attn, 'mlp': HALF.mlp} and view.strip=='▀▁█░▄▁'
     check(lm, HALF, tmp_path/'cut', bare)
 
@@ -168,6 +172,55 @@ def test_every_half_of_every_block(name):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
             assert (got-logits(lm)).abs().max() > 1e-3
     assert state(lm)==before
+
+
+def output(lm, b, i, **kw):
+    "What block `i` gives with its half silenced by hooks, in float64"
+    out = []
+    with deaf(lm, **kw), watching(lm.blocks, lambda l, h: out.append(h)): _call(lm.model, b, lm.device)
+    return out[i+1].double()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_importance_of_halves(name):
+    "From what a block gives with and without its half, by the definition; texts of different lengths, padded"
+    lm = LM(tiny(name), tokenizer(), name)
+    b, before = batches(lm, PROMPTS, size=3)[0], state(lm)
+    real = b['attention_mask'].bool()
+    mean = lambda v: torch.stack([o[m].mean() for o, m in zip(v, real)]).mean().item()
+    for part, field in (('attention', 'attn'), ('mlp', 'mlp')):
+        got = importance(lm, batches(lm, PROMPTS, size=2), part=part)
+        assert all(s.part==part and not s.of_spans and s.values.shape==(L,) and s.texts==3 for s in got.values())
+        for i in (1, 4):
+            h, x, y = output(lm, b, i-1), output(lm, b, i), output(lm, b, i, **{field: [i]})
+            assert got['distances'].values[i].item()==pytest.approx(angular_distance(x[:, -1], y[:, -1]).mean().item(), abs=1e-5)
+            assert got['influence'].values[i].item()==pytest.approx(mean(1-torch.cosine_similarity(x, y, dim=-1)), abs=1e-5)
+            assert got['relative_update'].values[i].item()==pytest.approx(mean((x-y).norm(dim=-1)/h.norm(dim=-1)), rel=1e-4)
+        assert getattr(got['influence'].best(2), field)==tuple(sorted(got['influence'].values.argsort()[:2].tolist()))
+    assert state(lm)==before
+
+
+def test_importance_of_halves_leaves_nothing_behind():
+    lm = LM(tiny('Llama'), tokenizer(), 'tiny')
+    before, bs = state(lm), batches(lm, PROMPTS, size=1)
+    steps = importance_steps(lm, bs, part='mlp')
+    assert next(steps)[:2]==(1, 3) and state(lm)==before                     # not between two steps
+    next(steps), steps.close()
+    assert state(lm)==before
+    def breaking():
+        yield bs[0]
+        raise KeyboardInterrupt
+    for f in (distances, influence, relative_update):
+        with pytest.raises(KeyboardInterrupt): f(lm, breaking(), part='attention')
+        assert state(lm)==before
+    last, whole = list(importance_steps(lm, bs, part='mlp'))[-1][2], importance(lm, bs, part='mlp')
+    assert all(torch.allclose(last[k].values, whole[k].values, atol=1e-12) and last[k].evidence==whole[k].evidence for k in whole)
+    cut = prune(lm, Plan(L, (0,), attn=(3,)))
+    silent = influence(cut, batches(cut, PROMPTS), part='attention')
+    assert silent.values.argmin()==2 and silent.values[2]==0 and silent.kept==cut.kept   # silent already: nothing is left to lose
+    with pytest.raises(ValueError, match="'block', 'attention' or 'mlp', not 'head'"): distances(lm, bs, part='head')
+    ssm = LM(tiny(ODD['Mamba']), tokenizer(), 'ssm')
+    with pytest.raises(ValueError, match='has no MLP to tell apart'): influence(ssm, batches(ssm, PROMPTS), part='mlp')
 
 
 @pytest.mark.parametrize('name', ['Llama', 'Gemma3', 'Mixtral', 'GPT-NeoX', 'BLOOM', 'Qwen3-MoE'])
