@@ -357,7 +357,7 @@ class Compare(Instrument):
 # %% ../../nbs/lab/69_compare.ipynb #c023
 def _button(c, label, f, tip, **kwargs): # A button that calls `f`; what goes wrong lands in the instrument
     import ipywidgets as w
-    b = w.Button(description=label, tooltip=tip, layout=dict(width='auto'), **kwargs)
+    b = w.Button(description=label, tooltip=tip, layout=dict(width='max-content'), **kwargs)
     b.on_click(c.guard(lambda _: f()))
     return b
 
@@ -380,7 +380,7 @@ def _items(c): # An item of the tasks
 
 def _verdicts(c): # Table and bars
     import ipywidgets as w
-    table,bars = w.HTML(),w.Image(format='png', layout=dict(max_width='100%', display='none'))
+    table,bars = w.HTML(),w.Image(format='png', layout=dict(width='640px', max_width='100%', display='none'))
     def draw(_=None):
         if c.recovery is None: return
         table.value,bars.value,bars.layout.display = c.recovery._repr_html_(),picture(_drawn([], c.recovery)),'block'

@@ -172,7 +172,17 @@ def _comparing(r): # What each scores, on all tasks
         while c.worker.busy: r.doing,r.progress = c.doing,c.progress; yield; time.sleep(.05)
         c.check()
     finally: c.cancel()
+    if len(c.disagreements): c.only = True; c.next()               # begin with a question that tells them apart
     r._finish('compare', c.recovery)
+
+def _beginning(r, teacher, data): # Another teacher or other rows: everything before is let go
+    r.doing,r.progress = f'opening {teacher or "the pocket teacher"}',0.
+    yield
+    r.ground,r.route,old = ground(teacher, data, **r.sizes),Route(),r.made
+    r.made = {}
+    for o in old.values(): o.close()
+    r.step = 'cut'
+    if r._top is not None: r.picker
 
 # %% ../../nbs/lab/70_road.ipynb #c015
 def _picker(r):
@@ -219,7 +229,7 @@ class Road(Instrument):
         **sizes       # Passed to `ground`: n, judged, longest, texts, seed
     ):
         super().__init__()
-        self.ground,self.route,self.now = ground(teacher, data, **sizes),Route(),''
+        self.ground,self.route,self.sizes,self.now = ground(teacher, data, **sizes),Route(),sizes,''
         self._tmp = tempfile.TemporaryDirectory(prefix='sdlab-') if out is None else None
         self.folder = Path(self._tmp.name if out is None else out)
         self._stand()
@@ -249,10 +259,22 @@ class Road(Instrument):
     def _read(self): # Rows may have been dropped by hand since
         if self.route.value('write') is not None: self.route.remark('write', _read_as(self, self.route.value('write'))); self._stand()
 
+    def _idle(self):
+        if self.now: raise ValueError(f'{self.route.steps[self.now].title if self.now in self.route.steps else "Opening"} is still running: wait for it, or cancel it.')
+    def begin(self,
+        teacher=None, # Folder or hub id, or LM (default: the pocket teacher)
+        data=None,    # Rows to heal on, see `ground`
+    )->'Road':
+        "Start again, from another teacher or other rows"
+        self._open()
+        self._idle()
+        self.now = 'begin'
+        self.worker.long(_minded(self, _beginning(self, teacher, data)))
+        return self
     def _run(self, name, gen):
         self._open()
         self._read()
-        if self.now: raise ValueError(f'{self.route.steps[self.now].title} is still running: wait for it, or cancel it.')
+        self._idle()
         if not self.route.can(name): raise ValueError(self.route.why(name))
         self.now = name
         self._stand()
@@ -328,9 +350,6 @@ def _stations(r): # The steps as a picture
 # %% ../../nbs/lab/70_road.ipynb #c019
 _SAID = dict(waiting='waits', ready='', running='running', done='done', stale='stale: do it again')
 
-def _does(r, name): # What the step's button does
-    return getattr(r, name)
-
 def _knobs(r): # What can be set before healing
     import ipywidgets as w
     return w.HBox([r.bind('sft', w.Checkbox(description='on the given answers (SFT)', indent=False)), r.bind('own', w.Checkbox(description="on the teacher's words (self-data)", indent=False)),
@@ -341,7 +360,7 @@ def _panel(r, i, s): # The tab of one step
     import ipywidgets as w
     slot,say = w.VBox(),w.HTML()
     act = w.Button(description=s.word, tooltip=s.about, button_style='primary', layout=dict(width='auto'))
-    act.on_click(r.guard(lambda _: _does(r, s.name)()))
+    act.on_click(r.guard(lambda _: getattr(r, s.name)()))
     on = w.Button(description='Next: '+STEPS[i+1].title if i+1<len(STEPS) else '', tooltip='Go on to the next step', layout=dict(width='auto', display='none'))
     on.on_click(r.guard(lambda _: r.set_trait('step', STEPS[i+1].name)))
     def draw(_=None):
@@ -352,7 +371,7 @@ def _panel(r, i, s): # The tab of one step
     r.observe(r.guard(draw), 'standing')
     r.observe(r.guard(fill), 'made')
     draw(); fill()
-    return w.VBox([w.HTML(f'<p>{esc(s.about)}</p>'), *([_knobs(r)] if s.name=='heal' else []), *([slot, w.HBox([act, on, say])] if s.name=='cut' else [w.HBox([act, on, say]), slot])])
+    return w.VBox([w.HTML(f'<p>{esc(s.about)}</p>'), *([_knobs(r)] if s.name=='heal' else []), w.HBox([act, on, say]), slot])
 
 def _outcome(r, name): # What came of a step, in a few words
     v = r.route.value(name)
@@ -360,6 +379,18 @@ def _outcome(r, name): # What came of a step, in a few words
     if name=='cut': return str(v['plan'])
     if name=='write': return f'{sum(s=="teacher" for s in v["source"])} of {len(v)} rows in the teacher\'s words'
     return ', '.join(v) if name=='heal' else ''
+
+def _door(r): # What the road starts from, and where to say otherwise
+    import ipywidgets as w
+    say,wide = w.HTML(),dict(layout=dict(width='34em'), style=dict(description_width='initial'))
+    teacher,data = w.Text(description='model', placeholder='folder or hub id; empty: the pocket teacher', **wide),w.Text(description='data', placeholder='a .jsonl, .json, .csv or .parquet file with prompt and completion', **wide)
+    go = w.Button(description='Open', tooltip='Start again from this model and these rows', layout=dict(width='auto'))
+    go.on_click(r.guard(lambda _: r.begin(teacher.value.strip() or None, data.value.strip() or None)))
+    def draw(_=None): say.value,go.disabled = f'<style>.sdlab-road{{--jp-widgets-horizontal-tab-width:15em}}</style><p>{esc(r.ground)}</p>',bool(r.now)
+    r.observe(r.guard(draw), ['standing', 'made'])
+    draw()
+    other = w.Accordion([w.HBox([teacher, data, go], layout=dict(flex_flow='row wrap'))], titles=['Another model, other data'])
+    return w.VBox([say, other])
 
 def _page(r):
     import ipywidgets as w
@@ -373,7 +404,8 @@ def _page(r):
     tabs.selected_index = [s.name for s in STEPS].index(r.step)
     name()
     r.guard(lambda: r.picker)()
-    return w.VBox([w.HTML(f'<p>{esc(r.ground)}</p>'), r.status(), tabs])
+    tabs.add_class('sdlab-road')
+    return w.VBox([_door(r), r.status(), tabs])
 
 # %% ../../nbs/lab/70_road.ipynb #c020
 def road(
@@ -406,9 +438,9 @@ def lab_command(
     token = token or secrets.token_urlsafe(16)
     env = {**os.environ, 'JUPYTER_PATH':os.pathsep.join(filter(None, [str(_assets()), os.environ.get('JUPYTER_PATH')])), 'JUPYTER_TOKEN':token,
            'HF_HUB_DISABLE_TELEMETRY':'1', 'SDLAB_ROAD':json.dumps({k:v for k,v in settings.items() if v is not None})}
-    command = [sys.executable, '-m', 'voila', str(_assets()/'road.ipynb'), f'--port={port}', '--Voila.port_retries=0', '--no-browser', '--template=sdlab', '--Voila.auto_token=True',
+    command = [sys.executable, '-m', 'voila', str(_assets()/'road.ipynb'), '--Voila.ip=127.0.0.1', f'--port={port}', '--Voila.port_retries=0', '--no-browser', '--template=sdlab', '--Voila.auto_token=True',
                '--Voila.log_level=WARN', '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext']
-    return command,env,f'http://localhost:{port}/?token={token}'
+    return command,env,f'http://127.0.0.1:{port}/?token={token}'
 
 def _free(port): # Refuse a port that somebody else has
     with socket.socket() as s:
