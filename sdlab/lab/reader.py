@@ -193,8 +193,9 @@ class _Numbers:
         "Measure what is not measured yet; yields (done, total), in texts"
         todo = [(i, k) for k,v in self.texts.items() for i in range(len(v)) if np.isnan(self.likelihood[k][i]) and v[i].strip()]
         todo.sort(key=lambda o: -len(self.texts[o[1]][o[0]]))
-        for a in range(0, len(todo), 8*size):
-            part = todo[a:a+8*size]
+        yield 0,len(todo)
+        for a in range(0, len(todo), 2*size):
+            part = todo[a:a+2*size]
             for done,_,df in likelihood_steps(lm, [dict(prompt=self.rows[i]['prompt'], completion=self.texts[k][i], ended=self._ended(i, k)) for i,k in part], batch_size=size):
                 for j,v in df.nats_per_token.items(): self.likelihood[part[j][1]][part[j][0]] = v
                 yield a+done,len(todo)
@@ -204,6 +205,7 @@ class _Numbers:
         asks = {}
         for i,r in enumerate(self.rows): asks.setdefault(json.dumps(r['prompt']), []).append(i)
         todo = sorted((v for v in asks.values() if v[0] not in self.answers), key=lambda v: -len(_words(self.rows[v[0]]['prompt'])))
+        yield 0,len(todo)
         for a in range(0, len(todo), size):
             self._answer(lm, todo[a:a+size], size, max_new_tokens)
             yield min(a+size, len(todo)),len(todo)
@@ -454,7 +456,7 @@ class Reader(_Edited):
         try:
             self.progress,self.doing = 0.,f'{_DOES[what]}: beginning'
             for done,n in self._asking(what):
-                self.progress,self.doing = done/n,f'{_DOES[what]}: {done:,} of {n:,}'
+                self.progress,self.doing = done/max(n, 1),f'{_DOES[what]}: {done:,} of {n:,}'
                 yield what
         finally: self.doing = ''
     def _step(self, _):
@@ -467,6 +469,10 @@ class Reader(_Edited):
         nats = [f'{k} {v[i]:.2f}' for k,v in self._num.likelihood.items() if not np.isnan(v[i])]
         return ', '.join(said + [f'nats per token: {", ".join(nats)}']*bool(nats))
     def _items(self, acts=True): return [_row_html(i, self._rows[i], self._by.marks.get(i, ''), self._facts(i), self.marked, acts) for i in self.shown]
+    @property
+    def answers(self):
+        "What the teacher says with no reference before it: row -> text, as far as it was asked"
+        return dict(self._num.answers)
     def said(self):
         "What is shown, and what a hand did, in one sentence"
         how = ', '.join([f'reason {self.reason!r}']*bool(self.reason) + [f'search {self.search!r}']*bool(self.search) + [_HANDS[self.mark]]*bool(self.mark))
