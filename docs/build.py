@@ -119,11 +119,17 @@ def explained(f, skip=('self', 'cls')): # [(name, type, default, comment)], the 
     if r.get('docment') or sig.return_annotation is not empty: rows.append(('returns', '' if sig.return_annotation is empty else inspect.formatannotation(sig.return_annotation).strip("'"), '', r.get('docment') or ''))
     return rows
 
-def line(c): return html.escape(' '.join(str(c).split()))
+def line(c): return re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(' '.join(str(c).split())))
 def table(rows): # HTML
     head = ''.join(f'<th>{c}</th>' for c in ('', 'type', 'default', ''))
-    body = ''.join(f'<tr><td><code>{line(k)}</code></td><td>{line(t)}</td><td>{f"<code>{line(d)}</code>" if d else ""}</td><td>{line(doc)}</td></tr>' for k,t,d,doc in rows)
+    body = ''.join(f'<tr><td><code>{html.escape(k)}</code></td><td>{html.escape(t)}</td><td>{f"<code>{html.escape(d)}</code>" if d else ""}</td><td>{line(doc)}</td></tr>' for k,t,d,doc in rows)
     return f'<div class="wide"><table class="args"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if rows else ''
+
+def state(c): # [(name, type, default, comment)]
+    "The traits of an instrument that its class itself defines and explains"
+    own = c.class_own_traits() if hasattr(c, 'class_own_traits') else {}
+    said = dict(re.findall(r'^    (\w+)\s*=.*?#\s(.*)$', inspect.getsource(c), re.M)) if own else {}
+    return [(k, type(t).__name__, short(t.default_value) if isinstance(t.default_value, (str, int, float, bool)) else '', said[k]) for k,t in own.items() if k in said]
 
 def call(name, f, skip=('self', 'cls')): # The signature on one line, without types
     parts = []
@@ -143,7 +149,7 @@ def members(c): # Public methods and properties that the class itself defines
 
 def entry(name, o, kept): # Markdown of one public name
     if inspect.isclass(o):
-        out = [f'## {name}', f'~~~~ python\n{call(name, o)}\n~~~~' if '__init__' in vars(o) else '', described(o), kept.block(table(explained(o))) if '__init__' in vars(o) else '']
+        out = [f'## {name}', f'~~~~ python\n{call(name, o)}\n~~~~' if '__init__' in vars(o) else '', described(o), kept.block(table(explained(o))) if '__init__' in vars(o) else '', '**State**'+kept.block(table(state(o))) if state(o) else '']
         for k,f,callable_ in members(o):
             head = f'### {name}.{k}'
             out += [head, f'~~~~ python\n{call(f"{name}.{k}", f)}\n~~~~', described(f), kept.block(table(explained(f)))] if callable_ else [f'{head}', described(f) or '*a property*']
@@ -255,6 +261,7 @@ def made(settings, kept): # What it says of broken links
         cfg.plugins['pieces'] = Pieces()
         cfg.plugins._register_event('page_content', cfg.plugins['pieces'].on_page_content)
         run(cfg)
+        (Path(settings['site_dir'])/'404.html').unlink(missing_ok=True)                      # made for a server that we are not
         index = Path(settings['site_dir'])/'search'/'search_index.json'
         index.with_suffix('.js').write_text('var __index = '+index.read_text(encoding='utf-8'), encoding='utf-8')   # read where pages are opened as files
     finally: log.removeHandler(ear)

@@ -117,6 +117,15 @@ def test_the_api_says_what_the_comments_say(site):
         if v.get('docment'): assert ' '.join(v['docment'].split()) in text, k
     assert 'Plan.from_json' in text and '01_plan.html' in text
 
+def test_the_state_of_an_instrument_is_told():
+    import traitlets
+    from sdlab.lab import widgets
+    class Dial(widgets.Instrument):
+        n = traitlets.Int(3)      # How far it is turned, 0..10
+        label = traitlets.Unicode('')
+    assert B.state(Dial)==[('n', 'Int', '3', 'How far it is turned, 0..10')]
+    assert B.line('a `Plan` <b>')=='a <code>Plan</code> &lt;b&gt;'
+
 def test_tables_and_links(site):
     assert all(k in read(site, 'families.html') for k in ('Llama', 'Mixtral', 'GPT-2')) and 'torch_cka' in read(site, 'benchmarks.html')
     home = read(site, 'index.html')
