@@ -297,9 +297,14 @@ def test_halves_refused():
     says('is quantised, .* silence attention or MLP first', lm, Plan(L, mlp=(1,)))
     del lm.model.is_quantized
     says('for a model of 7 blocks, but tiny has 6', lm, Plan(7, attn=(1,)))
+    from accelerate import cpu_offload, dispatch_model
     away = LM(tiny('Llama'), tokenizer(), 'away')
-    away.model.lm_head.weight = torch.nn.Parameter(away.model.lm_head.weight.to('meta'))
-    with pytest.raises(ValueError, match='not in memory'): silenced(away, attn=(1,))
+    cpu_offload(away.model, 'cpu')
+    with pytest.raises(ValueError, match='not in memory'): without(away, Plan(L, attn=(1,)))
+    spread = LM(tiny('Llama'), tokenizer(), 'spread')                       # the hooks of several devices, on one
+    want = logits(prune(spread, Plan(L, (2,), attn=(1,))))
+    dispatch_model(spread.model, {'model': 'cpu', 'lm_head': 'cpu'}, main_device='cpu', force_hooks=True)
+    assert torch.equal(logits(prune(spread, Plan(L, (2,), attn=(1,)))), want)
 
 
 def test_plans_of_halves():
@@ -384,6 +389,23 @@ def test_odd_stack(name, tmp_path, bare):
         assert not got['odd']
         torch.testing.assert_close(torch.tensor(got['logits']), logits(cut), rtol=0, atol=1e-4)
         assert len(generate(cut, PROMPTS, NEW))==3
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_odd_half(name, tmp_path, bare):
+    "Half a block of a hybrid: silent in view, checkpoint and reload alike, or one sentence why not"
+    for kw in (dict(attn=(1,)), dict(mlp=(2,)), dict(drop=(0,), attn=(2,), mlp=(1,))):
+        lm = LM(tiny(ODD[name]), tokenizer(), name)
+        before = state(lm)
+        try: cut = prune(lm, Plan(lm.n, **kw))
+        except ValueError as e:
+            assert '\n' not in str(e) and len(str(e)) < 500 and state(lm)==before
+            print(f'{name} {kw}: {e}')
+            continue
+        assert torch.equal(logits(cut), logits(without(lm, Plan(lm.n, **kw)))) and (logits(cut)-logits(without(lm, Plan(lm.n, kw.get('drop', ()))))).abs().max() > 1e-3
+        got = bare(cut.save(tmp_path/'-'.join(kw)))
+        assert not got['odd'] and state(lm)==before
+        torch.testing.assert_close(torch.tensor(got['logits']), logits(cut), rtol=0, atol=1e-4)
 
 
 def test_two_stacks_are_refused():

@@ -92,7 +92,7 @@ def without(
 )->LM:    # A view: it shares every tensor with `lm`
     "`lm` as it would be without the blocks, attentions and MLPs of `plan`, at no cost in memory"
     _fits(lm, plan)
-    prov,model = _provenance(lm, plan),silenced(lm, plan.attn, plan.mlp)
+    model,prov = silenced(lm, plan.attn, plan.mlp),_provenance(lm, plan)
     blocks = model.get_submodule(lm.path)
     for i in reversed(plan.drop): del blocks[i]
     for j,i in enumerate(plan.keep): _renumber(blocks[j], i, j)
