@@ -5,7 +5,7 @@
 Notebooks become Markdown pages in `_proc/site`, mkdocs-material makes the site from them. What a page must not do is ask anybody for
 anything: equations are MathML (mathml.py), figures are files beside the page, fonts are the reader's own, a live widget is shown as
 the text or the picture that was kept with it. `outside(site)` finds every request that a page would make; the build fails if there is one."""
-import argparse, html, importlib, inspect, json, os, re, shutil, sys
+import argparse, html, importlib, inspect, json, os, re, shutil, sys, textwrap
 from base64 import b64decode
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def table(rows): # HTML
 def state(c): # [(name, type, default, comment)]
     "The traits of an instrument that its class itself defines and explains"
     own = c.class_own_traits() if hasattr(c, 'class_own_traits') else {}
-    said = dict(re.findall(r'^    (\w+)\s*=.*?#\s(.*)$', inspect.getsource(c), re.M)) if own else {}
+    said = dict(re.findall(r'^    (\w+)\s*=.*?#\s(.*)$', textwrap.dedent(inspect.getsource(c)), re.M)) if own else {}
     return [(k, type(t).__name__, short(t.default_value) if isinstance(t.default_value, (str, int, float, bool)) else '', said[k]) for k,t in own.items() if k in said]
 
 def call(name, f, skip=('self', 'cls')): # The signature on one line, without types
