@@ -431,7 +431,7 @@ class Reader(_Edited):
         teacher=None,       # `LM`; needed for likelihoods and its own answers, and never changed
         rule='auto',        # Where `data` has no reasons: how a rewrite is compared with its reference, see `verdict`
         marks=None,         # JSON file that keeps the decisions: read if it is there, written at every mark
-        batch_size=32,      # Rows at once, when the teacher is asked
+        batch_size=16,      # Rows at once, when the teacher is asked; smaller ones are sooner cancelled
         max_new_tokens=256, # Longest answer of the teacher
         **state             # Where to begin: search, reason, mark, sort, descending, page, per_page, marked, shows
     ):
@@ -517,6 +517,7 @@ class Reader(_Edited):
         there = [k for k in SHOWS if any(np.isfinite(v).any() for v in self._values(k).values())]
         cols,more = min(3, 1+len(there)),-(-(1+len(there))//3)
         fig = plt.figure(figsize=(3.5*cols, 2.7*more), constrained_layout=True)
+        plt.close(fig) # a cell shows it once, as its value
         for j,k in enumerate(['', *there], 1):
             ax = fig.add_subplot(more, cols, j)
             ax.spines[['top','right']].set_visible(False)
