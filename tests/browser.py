@@ -121,10 +121,10 @@ class House:
         (to := self.work/name).write_text(json.dumps(dict(cells=[clean(i, c) for i,c in enumerate(cells)], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)), encoding='utf-8')
         return to
 
-    def start(self, *cmd, log): # (process, log file)
+    def start(self, *cmd, log, env={}): # (process, log file)
         "A process of this house, in a group of its own"
         f = self.home/log
-        with open(f, 'ab') as out: p = subprocess.Popen([str(c) for c in cmd], cwd=self.work, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        with open(f, 'ab') as out: p = subprocess.Popen([str(c) for c in cmd], cwd=self.work, env={**self.env, **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         self.servers.append(p)
         return p, f
 
@@ -134,9 +134,12 @@ class House:
             '--IdentityProvider.token={token}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.extension_manager=readonly',
             '--ServerApp.terminals_enabled=False', '--ServerApp.log_level=WARN'])
 
-    def voila(self, nb, *args): # Server
-        "Voila on one notebook, on a free port; `args` go to its command line"
-        return Server(self, 'voila', [sys.executable, '-m', 'voila', nb, '--no-browser', '--Voila.ip=127.0.0.1', '--port={port}', '--Voila.port_retries=0', *args])
+    def road(self, **settings): # Server
+        "The page of `sdlab lab`, served as that command serves it"
+        from sdlab.lab.road import lab_command
+        command, env, _ = lab_command(0, token='{token}', **settings)
+        mine = {k:v for k,v in env.items() if os.environ.get(k)!=v}
+        return Server(self, 'voila', [c.replace('--port=0', '--port={port}') for c in command], mine)
 
     def outside(self): # Lines 'program host'
         "What servers and kernels tried to reach, each attempt refused"
@@ -169,13 +172,14 @@ class House:
 
 class Server:
     "JupyterLab or voila, answering at `url`"
-    def __init__(self, house, kind, cmd, seconds=90):
+    def __init__(self, house, kind, cmd, env={}, seconds=90):
         self.house, self.kind, self.token = house, kind, os.urandom(12).hex()
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         self.url = f'http://127.0.0.1:{port}/'
-        self.process, self.log = house.start(*[str(c).replace('{port}', str(port)).replace('{token}', self.token) for c in cmd], log=f'{kind}-{port}.log')
+        put = lambda o: str(o).replace('{port}', str(port)).replace('{token}', self.token)
+        self.process, self.log = house.start(*map(put, cmd), env={k:put(v) for k,v in env.items()}, log=f'{kind}-{port}.log')
         wait_for(lambda: self._answers(port), seconds, f'{kind} to answer')
 
     def _answers(self, port):
@@ -305,11 +309,16 @@ class Screen:
 
     def ran(self, seconds=180):
         "Until the last line is there; raises what a cell raised"
-        fault = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]')
         said = self.page.locator('.jp-OutputArea-output').get_by_text(SENTINEL)
-        wait_for(lambda: fault.count() or said.count(), seconds, 'the last cell', .2)
-        if fault.count(): raise AssertionError('a cell failed:\n'+fault.first.inner_text()[-3000:])
+        wait_for(lambda: self.faults or said.count(), seconds, 'the last cell', .2)
+        if self.faults: raise AssertionError('a cell failed:\n'+re.sub(r'\x1b\[[\d;]*m', '', self.faults[0])[-3000:])
         self.idle()
+
+    @property
+    def faults(self): # Tracebacks
+        "What cells have raised"
+        return self.page.evaluate('''() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(c => c.model.type === 'code' ? c.model.outputs.toJSON() : [])
+            .filter(o => o.output_type === 'error').map(o => o.traceback.join('\\n') || o.ename + ': ' + o.evalue)''')
 
     @property
     def kernel(self): # Kernel
