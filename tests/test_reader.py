@@ -262,7 +262,7 @@ def test_distribution_beside_the_page(data):
         reader.shows = 'similarity'
         assert [s['name'] for s in chart.series]==['rewrite'] and 'ROUGE-L' in chart.xlabel
         reader.shows = 'likelihood'
-        assert chart.series==[]
+        assert chart.series==[] and any('Nothing of this was measured' in getattr(o, 'value', '') for o in walk(reader.widget) if type(o).__name__=='HTML')
         reader.shows = 'length'; reader.search = 'nowhere'
         assert chart.series==[]
 
@@ -307,6 +307,10 @@ def test_bad_state(data, state, why):
     with pytest.raises(Exception):
         reader = Reader(data)
         for k,v in state.items(): setattr(reader, k, v) if k!='colour' else Reader(data, **state)
+
+def test_holes_in_a_set_that_rewrite_might_have_made():
+    reader = Reader(Dataset.from_list([dict(prompt='Q', completion=None, reference=None, source=None, reason=None, written=None, ended=None), dict(prompt='R', completion='a', reference='b', source='teacher', reason='', written='a', ended=True)]))
+    assert list(reader.view.reason)==['as given', 'not checked'] and reader.text() and len(reader.rows)==2
 
 def test_bad_data(tmp_path, data):
     with pytest.raises(ValueError, match='plain texts'): Reader(['one', 'two'])
@@ -365,6 +369,17 @@ def test_measures_and_teacher_left_alone(teacher):
         assert len(reader.figure().axes)==5
     assert hooks()==was and teacher.fingerprint==print_
     assert 'nats per token: reference' in reader.text()
+
+def test_two_readers_of_one_teacher(teacher):
+    from sdlab.core.pocket import pocket_rows
+    data = rewrite(teacher, pocket_rows('facts', 12, voice=3), progress=False)
+    want = [likelihood(teacher, data, on=k).nats_per_token for k in ('reference', 'written')]
+    with Reader(data, teacher, batch_size=4) as a, Reader(data, teacher, batch_size=5) as b:
+        for o in (a, b): o.measure()
+        for o in (a, b):
+            o.wait(120).check()
+            assert all(np.allclose(o._num.likelihood[k], v, atol=1e-4) for k,v in zip(('reference', 'rewrite'), want))
+        assert a.answers==b.answers
 
 def test_cancel_keeps_what_is_there(teacher):
     from sdlab.core.pocket import pocket_rows

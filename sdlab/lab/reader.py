@@ -29,7 +29,8 @@ _MADE = {'prompt', 'completion', 'reference', 'source', 'reason', 'written', 'en
 
 def _as_written(row, rule):
     "A row of any set with the columns that `rewrite` makes"
-    said,ref = row['completion'],row.get('reference') or row['completion']
+    said = row['completion'] or ''
+    ref = row.get('reference') or said
     source = row.get('source') or ('reference' if said==ref else 'teacher')
     written = row.get('written')
     if written is None: written = said if source=='teacher' else ''
@@ -531,19 +532,20 @@ class Reader(_Edited):
         elif act=='undo': self.undo()
         elif act in MARKS: self._put([row], '' if self._by.marks.get(row)==act else act)
         else: raise ValueError(f'The page asked for {act!r}, which a Reader cannot do.')
-    def _show(self, sheet, chart, told, page):
+    def _show(self, sheet, chart, told, page, bare):
         "Bring the widgets up to date; none is made anew"
         page.max,sheet.label,sheet.items,sheet.page = self.pages,self.said(),self._items(),self.page
         told.value = f'<div role="status" aria-live="polite">{html.escape(self.said())} <b>{html.escape(self.note)}</b></div>'
         chart.series,chart.xlabel,chart.ylabel,chart.label = _lines(self._values(self.shows), _RANGE.get(self.shows)),SHOWS[self.shows],'% of texts','References against rewrites'
+        bare.value = '' if chart.series else 'Nothing of this was measured in the rows shown.'
     def build(self):
         import ipywidgets as w
         row,wide = lambda o: w.HBox(o, layout=dict(flex_flow='row wrap')),dict(width='19em')
         pick = lambda name, options, label: self.bind(name, w.Dropdown(options=[(v, k) for k,v in options.items()], description=label, layout=wide))
         tick = lambda name, label: self.bind(name, w.Checkbox(description=label, indent=False, layout=dict(width='auto', margin='0 1em')))
         press = lambda label, f, tip='': _button(label, self.guard(f), tip)
-        sheet,chart,told,page = _Page(),Chart(width=380, height=230),w.HTML(),w.BoundedIntText(min=1, max=self.pages, description='page', layout=dict(width='11em'))
-        show = lambda _=None: self._show(sheet, chart, told, page)
+        sheet,chart,told,bare,page = _Page(),Chart(width=380, height=230),w.HTML(),w.HTML(),w.BoundedIntText(min=1, max=self.pages, description='page', layout=dict(width='11em'))
+        show = lambda _=None: self._show(sheet, chart, told, page, bare)
         show()
         self.observe(self.guard(show), 'turn')
         sheet.on_msg(self.guard(self._heard))
@@ -551,5 +553,5 @@ class Reader(_Edited):
         sort = row([pick('sort', _SORTS, 'sort by'), tick('descending', 'largest first'), tick('marked', 'mark the differences')])
         turn = row([press('◀ previous', lambda: self.set_trait('page', self.page-1)), self.bind('page', page), press('next ▶', lambda: self.set_trait('page', self.page+1)), press('undo', self.undo, 'Take the last mark back')])
         ask = [press(v, lambda k=k: self.measure(k), f'{_DOES[k]}, in the background') for k,v in _MEASURES.items()] if self.teacher is not None else []
-        side = w.VBox([pick('shows', SHOWS, 'numbers'), chart, *ask], layout=dict(width='25em'))
+        side = w.VBox([pick('shows', SHOWS, 'numbers'), chart, bare, *ask], layout=dict(width='25em'))
         return w.VBox([find, sort, turn, told, self.status(), row([w.Box([sheet], layout=dict(flex='1 1 34em', min_width='20em', display='block')), side])])
