@@ -4,8 +4,8 @@ import pytest, torch
 from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, tiny, tokenizer
 from sdlab.compress.depth import prune, without
 from sdlab.core.data import batches, decode
-from sdlab.core.model import LM, generate, load
-from sdlab.core.parts import find_writers, silent_modules, silenced
+from sdlab.core.model import LM, generate, load, silent_modules
+from sdlab.core.parts import find_writers, silenced
 from sdlab.core.plan import Plan
 from sdlab.measure.cost import cost
 from sdlab.measure.importance import angular_distance, distances, importance, importance_steps, influence, relative_update
@@ -258,7 +258,9 @@ def test_silence_is_frozen_and_found_again(tmp_path):
     lm = LM(tiny('Qwen3-MoE'), tokenizer(), 'tiny')
     cut = prune(lm, Plan(L, (0,), attn=(2,), mlp=(1, 2)))
     frozen = {n for n, p in cut.model.named_parameters() if not p.requires_grad}
-    names = silent_modules(load(cut.save(tmp_path/'cut')))
+    back = load(cut.save(tmp_path/'cut'))
+    names = silent_modules(back)
+    assert {n for n, p in back.model.named_parameters() if not p.requires_grad}==frozen
     assert sorted(names)==['model.layers.0.mlp.down_proj', 'model.layers.1.mlp.experts', 'model.layers.1.self_attn.o_proj']
     assert frozen=={f'{k}.{p}' for k in names for p, _ in cut.model.get_submodule(k).named_parameters(recurse=False)}
     assert all(p.requires_grad for p in lm.model.parameters()) and silent_modules(lm)==[]
