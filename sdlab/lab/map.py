@@ -277,12 +277,12 @@ class Map(_Pictures):
         "The rows of controls, each bound to its part of the state"
         wide = dict(style=dict(description_width='initial'))
         layer = self.bind('layer', w.IntSlider(min=0, max=self.depth, description='Layer', tooltip='The layer whose texts are drawn below', layout=dict(width='20em', margin='0 1em 0 0'), style=dict(description_width='initial')))
-        method = self.bind('method', w.ToggleButtons(options=[('PCA','pca'),('MDS','mds')], description='Plane', tooltip='How the texts are brought into the plane', style=dict(button_width='4em', description_width='initial'), layout=dict(width='auto')))
-        rows = [w.HBox([self._player(w), layer, method], layout=dict(flex_flow='row wrap'))]
+        method = self.bind('method', w.ToggleButtons(options=[('PCA','pca'),('MDS','mds')], description='Plane', tooltip='How the texts are brought into the plane', style=dict(button_width='4em', description_width='initial'), layout=dict(width='auto', flex_flow='row nowrap')))
+        rows = [w.HBox([self._player(w), layer, method], layout=dict(flex_flow='row wrap', align_items='center'))]
         if len(self.students)==1: return rows
-        mode = self.bind('mode', w.ToggleButtons(options=[('One','one'),('Side by side','both'),('Difference','difference')], description='Compare', tooltip='One student, two, or the first minus the second', style=dict(button_width='8em', description_width='initial'), layout=dict(width='auto', margin='0 1em 0 0')))
+        mode = self.bind('mode', w.ToggleButtons(options=[('One','one'),('Side by side','both'),('Difference','difference')], description='Compare', tooltip='One student, two, or the first minus the second', style=dict(button_width='8em', description_width='initial'), layout=dict(width='auto', flex_flow='row nowrap', margin='0 1em 0 0')))
         pair = [self.bind(k, w.Dropdown(options=self.students, description=said, **wide)) for k,said in (('student','Student'),('other','against'))]
-        return [w.HBox([mode, *pair], layout=dict(flex_flow='row wrap')), *rows]
+        return [w.HBox([mode, *pair], layout=dict(flex_flow='row wrap', align_items='center')), *rows]
 
     def _player(self, w):
         "The slider through the steps, and the button that moves it"
@@ -291,7 +291,7 @@ class Map(_Pictures):
         play = w.Play(min=0, max=last, value=self.steps.index(self.step), interval=900, tooltip='Play through the steps')
         play.observe(self.guard(lambda c: self.set_trait('step', self.steps[c['new']])), 'value')
         self.observe(lambda c: play.set_trait('value', self.steps.index(c['new'])), 'step')
-        return w.HBox([play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the look', layout=dict(width='22em', margin='0 1em 0 0'), style=dict(description_width='initial')))])
+        return w.HBox(layout=dict(align_items='center'), children=[play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the look', layout=dict(width='22em', margin='0 1em 0 0'), style=dict(description_width='initial')))])
 
     def _pick_layer(self, change):
         if change['new']: self.layer = int(self._curves.series[change['new'][0]]['x'][change['new'][1]])
