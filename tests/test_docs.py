@@ -135,3 +135,29 @@ def test_an_unknown_page_and_an_unknown_equation_end_it(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='There is no page core/00_none'): B.build(ROOT, tmp_path/'s', ('core/00_none',), tmp_path/'w')
     monkeypatch.setitem(M.SIGNS, 'top', None), monkeypatch.delitem(M.SIGNS, 'top')
     with pytest.raises(SystemExit, match=r'measure/12_cka.md: \\top is not known'): B.build(ROOT, tmp_path/'s', ('measure/12_cka',), tmp_path/'w')
+
+@pytest.mark.xdist_group('browser')
+def test_in_a_real_browser(site):
+    "Every page opened, equations drawn, the search used: nothing asked elsewhere, no complaint"
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+    from browser import Chrome, Missing
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    try: chrome = Chrome()
+    except Missing as e: pytest.skip(str(e))
+    with chrome, ThreadingHTTPServer(('127.0.0.1', 0), partial(Silent, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with chrome.page() as s:
+                at = f'http://127.0.0.1:{server.server_port}'
+                for p in sorted(site.rglob('*.html')): s.page.goto(f'{at}/{p.relative_to(site)}')
+                s.page.goto(f'{at}/measure/12_cka.html')
+                assert all(b['width']>3 and b['height']>3 for b in (m.bounding_box() for m in s.page.locator('math[display=block]').all()))
+                assert s.page.evaluate("[...document.querySelectorAll('.output img')].length")>0
+                ask = s.page.locator('[data-md-component=search-query]')
+                ask.click(), ask.press_sequentially('decision', delay=20)
+                s.page.locator('.md-search-result__item').first.wait_for()
+                assert s.outside==[] and s.errors==[]
+        finally: server.shutdown()

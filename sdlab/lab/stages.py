@@ -41,8 +41,9 @@ def _typed(command, *args, **options): # A command line that can be pasted; an o
 # %% ../../nbs/lab/71_stages.ipynb #c008
 def _model(name, dtype, device): return _opened(None if name=='pocket' else name, dtype, device)
 
-def _made(path, by): # A path that an earlier stage makes, or one sentence
-    if str(path).startswith('runs/') and not Path(path).exists(): raise FileNotFoundError(f'There is no {path} yet: `sdlab {by}` makes it; type that first, or name another one.')
+def _made(path, by): # A path that an earlier stage makes, or one sentence; a hub id is left alone
+    folder = Path(path).parent
+    if not Path(path).exists() and (str(path).startswith('runs/') or folder!=Path('.') and folder.is_dir()): raise FileNotFoundError(f'There is no {path} yet: `sdlab {by}` makes it; type that first, or name another one.')
     return path
 
 def _source(given, model, option, own): # Rows by name; the pocket teacher brings its own
