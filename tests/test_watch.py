@@ -237,7 +237,10 @@ def test_errors_are_seen_and_raised(tmp_path):
     status = w.widget.children[1].children[0]
     w.start().wait(120)
     assert w.error == 'RuntimeError: <b>no such file</b>' and '&lt;b&gt;no such file' in status.value and '<b>no such' not in status.value
-    assert states(w) == ['failed', 'waiting'] and 'no such file' in w.text() and 'no such file' in Watch.open(tmp_path/'run').text()
+    assert states(w) == ['failed', 'waiting'] and 'no such file' in w.text() and not w._views.start.disabled
+    seen_again = Watch.open(tmp_path/'run')
+    assert seen_again.error == 'SFT failed: <b>no such file</b>' and seen_again.error in seen_again.text() and '&lt;b&gt;' in seen_again.widget.children[1].children[0].value
+    seen_again.close()
     with pytest.raises(RuntimeError, match='no such file'): w.check()
     with pytest.raises(RuntimeError): w.run()
     broken[0] = False
@@ -330,6 +333,21 @@ def test_the_widget_follows(tmp_path, whole):
     with pytest.raises(Exception, match="No look gives 'sums'"): w.shown = 'sums'
     with pytest.raises(Exception, match='There is no question 1'): w.prompt = 1
     assert w.progress == 1. and w.doing == ''
+    w.close()
+
+def test_a_slider_step_is_quick(whole):
+    "What needs no model is there at once; ten steps, so that a busy machine does not decide"
+    seen = Watch.open(whole.out)
+    v = seen.widget and seen._views
+    start = time.perf_counter()
+    for i in range(10): v.look.value = i%6
+    assert time.perf_counter()-start < 10*.05*4
+    seen.close()
+
+def test_a_conversation_is_one_question():
+    talk = [dict(role='user', content='say a'), dict(role='assistant', content='aa'), dict(role='user', content='say b')]
+    w = Watch({'a': small()}, echo(8), prompts=talk, epochs=1, batch_size=8, max_new_tokens=3).run()
+    assert len(w.samples.question.unique()) == 1 and 'assistant: aa' in w.text()
     w.close()
 
 def test_a_run_in_another_process_is_followed(tmp_path):

@@ -275,11 +275,106 @@ def _given(arms, data, teacher, texts, prompts, tasks, max_new_tokens, how):
     if texts is not None and teacher is None: raise ValueError('CKA needs a teacher to compare with: give teacher= beside texts=.')
     data = rows(data)
     for lm,on in arms.values(): _learned(data, on)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) or prompts and isinstance(prompts[0], dict) else list(prompts)
     return SimpleNamespace(arms=arms, data=data, teacher=teacher, texts=None if texts is None else rows(texts), prompts=prompts, tasks=_named(tasks) if tasks else {}, max_new_tokens=max_new_tokens, how=how)
 
-# %% ../../nbs/lab/67_watch.ipynb #c030
-class Watch(Instrument):
+# %% ../../nbs/lab/67_watch.ipynb #c031
+class _Training:
+    "The part of `Watch` that runs in the worker's thread"
+    def _train(self):
+        try:
+            with _locked(self.out):
+                self._record.mend()
+                self._set_up()
+                for name in self.names:
+                    self._one(name)
+                    yield name
+                    if self._ended(): break
+        except _Paused: pass                                              # it was asked for, and is written down
+        finally:
+            self._camera,self.doing = None,''
+            self._show(now=True)
+
+    def _ended(self):
+        "Was everything stopped, or only the arm before this one?"
+        path = self.out/'stop'
+        if not path.exists(): return False
+        if path.read_text()=='all': return True
+        path.unlink()
+        return False
+
+    def _asked(self):
+        "Asked by `tune` after every step and look"
+        if self._working.cancelling: raise _Paused()
+        return (self.out/'stop').exists()
+
+    def _set_up(self):
+        "The camera, and what the teacher says"
+        g,self.doing = self._given,'looking at the teacher'
+        if g.teacher is None: return
+        lm = without(g.teacher, Plan(g.teacher.n, ()))                    # a view: hooks of others are not met
+        if g.texts is not None: self._camera = Camera(lm, g.texts)
+        if any(e['arm']=='teacher' and e['kind']=='row' for e in self._record.events()): return
+        if self._camera is not None: keep_frame(self._camera.teacher, self.out/'teacher'/'frames')
+        for i,said in enumerate(self._answers(lm)): self._record.add('sample', 'teacher', -1, prompt=i, answer=said)
+        self._record.add('row', 'teacher', -1, **self._scores(lm))
+
+    def _one(self, name):
+        "Train one arm, or take it as it was finished"
+        (lm,on),place = self._given.arms[name],self.out/self.about['arms'][name]['folder']
+        if not (place/'run'/'done.json').exists(): self._begin(name, place)
+        looks = partial(self._look, name) if self._given.prompts or self._given.tasks or self._camera or 'probe' in self._given.how else None
+        try: new = tune(lm, self._given.data, on=on, out=place/'run', stop=self._asked, progress=partial(self._heard, name), **{**self._given.how, 'probe':looks})
+        except BaseException as e: self._end(name, 'paused' if isinstance(e, _Paused) else 'failed', str(e)); raise
+        self._students[name],steps = new,new.provenance['steps'][-1]
+        self._end(name, 'stopped' if 'stopped' in steps else 'finished', steps.get('stopped', ''), steps['steps'])
+
+    def _begin(self, name, place):
+        at = (_last(place/'run') or [0])[0]
+        for p in (place/'frames').glob('frame-*.safetensors'):
+            if int(p.name.split('-')[1])>at or not at: p.unlink()
+        self._record.add('begin', name, at or -1)
+        self._seen,self.doing = None,f'{name}: getting ready'
+        self._show(now=True)
+
+    def _end(self, name, state, why='', step=None):
+        mine = [e for e in self.events if e['arm']==name]
+        if mine and mine[-1]['kind']=='end' and mine[-1]['state']==state: return       # it was over before
+        self._record.add('end', name, step if step is not None else max((e['step'] for e in mine), default=0), state=state, why=why)
+        self._show(now=True)
+
+    def _answers(self, lm): return lm.reply(self._given.prompts, max_new_tokens=self._given.max_new_tokens) if self._given.prompts else []
+
+    def _scores(self, lm):
+        got = {}
+        for k,o in self._given.tasks.items():
+            if self._working.cancelling: raise _Paused()
+            got[k] = total(score(lm, o), o.metric)
+        return got
+
+    def _look(self, name, lm):
+        "A look at a student: answers, scores, CKA; they are written down with the step, which comes with the log"
+        self.doing = f'{name}: looking'
+        frame = None if self._camera is None else self._camera(lm, name=name)
+        self._seen = self._answers(lm),frame
+        near = {} if frame is None else dict(cka=frame.cka.diagonal.nanmean().item())
+        own = self._given.how['probe'](lm) if self._given.how.get('probe') else {}
+        return {**self._scores(lm), **near, **own}
+
+    def _heard(self, name, row):
+        "Called by `tune` with each row of the log"
+        step,look = row['step'],'loss' not in row
+        if look and self._seen is not None: self._keep(name, step)
+        self._record.add('row', name, **{k:v for k,v in row.items() if k!='epoch' and (v is None or v==v)})
+        self._show(now=look)
+
+    def _keep(self, name, step):
+        (said,frame),self._seen = self._seen,None
+        if frame is not None: keep_frame(replace(frame, step=step), self.out/self.about['arms'][name]['folder']/'frames')
+        for i,o in enumerate(said): self._record.add('sample', name, step, prompt=i, answer=o)
+
+# %% ../../nbs/lab/67_watch.ipynb #c033
+class Watch(_Training, Instrument):
     "Is it learning, and the right thing? Students trained one after the other on the same rows, seen live; `.students` and `.checkpoint` are what came of it"
     shown = t.Unicode('')  # The number of the looks that the right chart shows
     look = t.Int(-1)       # The step up to which answers are shown; -1: the newest
@@ -308,7 +403,7 @@ class Watch(Instrument):
     def _attach(self, about):
         self.about,self._record,self._students = about,_Record(self.out),{}
         self._views = self._camera = self._seen = None
-        self._drawn = 0.
+        self._known,self._drawn = (None,None),0.
 
     @classmethod
     def open(cls,
@@ -319,6 +414,7 @@ class Watch(Instrument):
         Instrument.__init__(new)
         new._given,new.out = None,Path(folder).expanduser()
         new._attach(_told(new.out))
+        new.error = next((f'{e["arm"]} failed: {e["why"]}' for e in reversed(new.events[-1:]) if e.get('state')=='failed'), '')
         return new
 
     # ---- what is known
@@ -328,7 +424,12 @@ class Watch(Instrument):
     @property
     def events(self): return _alive(self._record.events())
     @property
-    def log(self): return _log(self.events)                             # DataFrame, a row per arm and step
+    def log(self):
+        "DataFrame, a row per arm and step; worked out again only when something has happened"
+        seen = self._record.events()
+        key = len(seen),seen[-1]['t'] if seen else 0
+        if self._known[0]!=key: self._known = key,_log(_alive(seen))
+        return self._known[1].copy()
     @property
     def samples(self): return _samples(self.events, self.about['prompts']) # DataFrame: arm, step, question, answer
     @property
@@ -372,12 +473,12 @@ class Watch(Instrument):
         return run_frames(self.out).get(name, [])
 
     @t.validate('shown')
-    def _known(self, proposal):
+    def _is_number(self, proposal):
         there = [*self.about['tasks'], *['cka']*bool(self.about['texts']), *_looked(self.log)]
         if (k := proposal['value']) and k not in there: raise t.TraitError(f'No look gives {k!r}; there are {", ".join(dict.fromkeys(there)) or "none"}.')
         return k
     @t.validate('prompt')
-    def _within(self, proposal):
+    def _is_question(self, proposal):
         if not 0<=(i := proposal['value'])<max(1, len(self.about['prompts'])): raise t.TraitError(f'There is no question {i}; there are {len(self.about["prompts"])}, from 0 on.')
         return i
 
@@ -419,100 +520,6 @@ class Watch(Instrument):
         try: return super().wait(timeout)
         except KeyboardInterrupt: self._working.wait(60); raise           # the thread ends with its step
 
-    # ---- the training, in the worker's thread
-
-    def _train(self):
-        with _locked(self.out):
-            self._record.mend()
-            try:
-                self._set_up()
-                for name in self.names:
-                    self._one(name)
-                    yield name
-                    if self._ended(): break
-            except _Paused: self.doing = ''
-            finally: self._camera,self.doing = None,''
-        self._show(now=True)
-
-    def _ended(self):
-        "Was everything stopped, or only the arm before this one?"
-        path = self.out/'stop'
-        if not path.exists(): return False
-        if path.read_text()=='all': return True
-        path.unlink()
-        return False
-
-    def _asked(self):
-        "Asked by `tune` after every step and look"
-        if self._working.cancelling: raise _Paused()
-        return (self.out/'stop').exists()
-
-    def _set_up(self):
-        "The camera, and what the teacher says"
-        g,self.doing = self._given,'looking at the teacher'
-        if g.teacher is None: return
-        lm = without(g.teacher, Plan(g.teacher.n, ()))                    # a view: hooks of others are not met
-        if g.texts is not None: self._camera = Camera(lm, g.texts)
-        if any(e['arm']=='teacher' and e['kind']=='row' for e in self._record.events()): return
-        if self._camera is not None: keep_frame(self._camera.teacher, self.out/'teacher'/'frames')
-        for i,said in enumerate(self._answers(lm)): self._record.add('sample', 'teacher', -1, prompt=i, answer=said)
-        self._record.add('row', 'teacher', -1, **self._scores(lm))
-
-    def _one(self, name):
-        "Train one arm, or take it as it was finished"
-        (lm,on),place = self._given.arms[name],self.out/self.about['arms'][name]['folder']
-        if not (place/'run'/'done.json').exists(): self._begin(name, place)
-        looks = partial(self._look, name) if self._given.prompts or self._given.tasks or self._camera or 'probe' in self._given.how else None
-        try: new = tune(lm, self._given.data, on=on, out=place/'run', stop=self._asked, progress=partial(self._heard, name), **{**self._given.how, 'probe':looks})
-        except BaseException as e: self._end(name, 'paused' if isinstance(e, _Paused) else 'failed', str(e)); raise
-        self._students[name],steps = new,new.provenance['steps'][-1]
-        self._end(name, 'stopped' if 'stopped' in steps else 'finished', steps.get('stopped', ''), steps['steps'])
-
-    def _begin(self, name, place):
-        at = (_last(place/'run') or [0])[0]
-        for p in (place/'frames').glob('frame-*.safetensors'):
-            if int(p.name.split('-')[1])>at or not at: p.unlink()
-        if at==0: self._record.add('begin', name, -1)
-        else: self._record.add('begin', name, at)
-        self._seen,self.doing = None,f'{name}: getting ready'
-        self._show(now=True)
-
-    def _end(self, name, state, why='', step=None):
-        mine = [e for e in self.events if e['arm']==name]
-        if mine and mine[-1]['kind']=='end' and mine[-1]['state']==state: return       # it was over before
-        self._record.add('end', name, step if step is not None else max((e['step'] for e in mine), default=0), state=state, why=why)
-        self._show(now=True)
-
-    def _answers(self, lm): return lm.reply(self._given.prompts, max_new_tokens=self._given.max_new_tokens) if self._given.prompts else []
-
-    def _scores(self, lm):
-        got = {}
-        for k,o in self._given.tasks.items():
-            if self._working.cancelling: raise _Paused()
-            got[k] = total(score(lm, o), o.metric)
-        return got
-
-    def _look(self, name, lm):
-        "A look at a student: answers, scores, CKA; they are written down with the step, which comes with the log"
-        self.doing = f'{name}: looking'
-        frame = None if self._camera is None else self._camera(lm, name=name)
-        self._seen = self._answers(lm),frame
-        near = {} if frame is None else dict(cka=frame.cka.diagonal.nanmean().item())
-        own = self._given.how['probe'](lm) if self._given.how.get('probe') else {}
-        return {**self._scores(lm), **near, **own}
-
-    def _heard(self, name, row):
-        "Called by `tune` with each row of the log"
-        step,look = row['step'],'loss' not in row
-        if look and self._seen is not None: self._keep(name, step)
-        self._record.add('row', name, **{k:v for k,v in row.items() if k!='epoch' and (v is None or v==v)})
-        self._show(now=look)
-
-    def _keep(self, name, step):
-        (said,frame),self._seen = self._seen,None
-        if frame is not None: keep_frame(replace(frame, step=step), self.out/self.about['arms'][name]['folder']/'frames')
-        for i,o in enumerate(said): self._record.add('sample', name, step, prompt=i, answer=o)
-
     # ---- what is seen
 
     def figure(self):
@@ -527,11 +534,11 @@ class Watch(Instrument):
         for q in [_words(o) for o in self.about['prompts']][self.prompt:self.prompt+1]:
             said = _said(self.samples, q, self.look)
             lines += ['', f'asked: {q}', *(f'  {_who(a, s)}: {o}' for a,s,o in said)]
-        return '\n'.join(lines+[f'{e["arm"]} failed: {e["why"]}' for e in self.events if e['kind']=='end' and e['state']=='failed' and self.failed is None]+[self.error]*bool(self.error))
+        return '\n'.join(lines+[self.error]*bool(self.error))
 
     def _show(self, now=False):
         "Bring the widget up to date, a few times a second at most"
-        if not now and time.monotonic()-self._drawn<.3: return
+        if not now and time.monotonic()-self._drawn<.5: return
         self._drawn = time.monotonic()
         self.guard(self._draw)()
 
@@ -543,12 +550,13 @@ class Watch(Instrument):
 
     def build(self):
         v = self._views = _controls(self)
-        self.observe(lambda _: self._show(now=True), ['shown','look','prompt'])
+        self.observe(self.guard(lambda _: _fill_answers(self, v)), ['look','prompt'])
+        self.observe(self.guard(lambda _: _fill_looks(self, v, self.log)), 'shown')
         self._show(now=True)
         if self._given is None and self.running: self.worker.long(_followed(self), key='follow')
         return v.top
 
-# %% ../../nbs/lab/67_watch.ipynb #c031
+# %% ../../nbs/lab/67_watch.ipynb #c034
 def _reopened(path, name):
     "A finished model from its folder"
     if (path/'adapter_config.json').exists(): raise ValueError(f'{path} holds adapters without the model they belong to: make the Watch with the same arms again, or read them with PEFT.')
@@ -603,20 +611,27 @@ def _pointed(me, v, at):
     "A click on a look shows what was said there"
     if len(at)==2 and at[0]<len(v.looks.series): me.look = int(v.looks.series[at[0]]['x'][at[1]])
 
-def _fill(me, v, f):
-    "The widget, from what is known"
-    log,marks = me.log,me.marks
+def _fill_answers(me, v):
+    "What was said, as far as is asked for"
+    if me.about['prompts']: v.answers.value = _answers_html(_said(me.samples, _words(me.about['prompts'][me.prompt]), me.look), me.names)
+
+def _fill_looks(me, v, log):
+    "The right chart, and what it can be asked for"
     seen = _looked(log)
     if seen and me.shown not in seen: me.shown = next((k for k in seen if k in me.about['tasks']), seen[-1])
-    if (want := seen or ['']) and (list(v.shown.options), v.shown.value)!=(want, me.shown): now = me.shown; v.shown.options = want; v.shown.value = now if seen else ''
+    if (list(v.shown.options), v.shown.value)!=(want := seen or [''], k := me.shown if seen else ''): v.shown.options = want; v.shown.value = me.shown = k
+    unit = ' (%)' if me.about['tasks'].get(k, {}).get('metric','perplexity')!='perplexity' else ''
+    v.looks.series,v.looks.ylabel = _look_series(me.about, log, k, me.marks),k+unit
+
+def _fill(me, v, f):
+    "The widget, from what is known"
+    log,busy = me.log,me._working is not None and me._working.busy and me.running
     v.loss.series = _loss_series(me.about, log)
-    v.looks.series,v.looks.ylabel = _look_series(me.about, log, me.shown, marks),me.shown+(' (%)' if me.about['tasks'].get(me.shown, {}).get('metric','perplexity')!='perplexity' else '')
     v.look.max = max(1, int(log.step.max()) if len(log) else 1)
     v.table.value = table_html(_rounded(f), caption=f'{me.about["rows"]} rows')
-    busy = me._working is not None and me._working.busy and me.running
     v.start.disabled,v.stop.disabled = busy or me._given is None or set(f.state)<={'finished','stopped'},not me.running
     v.skip.disabled = v.stop.disabled
-    if me.about['prompts']: v.answers.value = _answers_html(_said(me.samples, _words(me.about['prompts'][me.prompt]), me.look), me.names)
+    _fill_looks(me, v, log), _fill_answers(me, v)
 
 def _followed(me):
     "Keep the picture of a run in another process up to date"
