@@ -175,6 +175,19 @@ def test_adapters(lm, data, tmp_path):
     from peft import LoraConfig
     tune(lm, data, lora=LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM'), max_steps=1, **quiet)
 
+@pytest.mark.parametrize('lora', [None, 4])
+def test_what_is_silent_stays_silent(lm, data, lora):
+    "Half a block was cut: neither training nor an adapter wakes it, in the child or in one of its own"
+    from sdlab.core.model import silent_modules
+    from sdlab.core.plan import Plan
+    from sdlab.compress.depth import prune
+    cut = prune(lm, Plan(lm.n, (1,), attn=(2,), mlp=(4,)))
+    quiet_ones = silent_modules(cut)
+    new = tune(cut, data, epochs=1, lr=1e-2, batch_size=8, lora=lora, **quiet)
+    assert len(quiet_ones) == 2 and silent_modules(new) == quiet_ones and not same(state(new), state(cut))
+    again = tune(new, data, epochs=1, lr=1e-2, batch_size=8, lora=lora and dict(rank=lora, targets='all-linear', exclude_modules=['q_proj']), **quiet)
+    assert silent_modules(again) == quiet_ones and again.silent == cut.silent
+
 # ---- the same again
 
 def test_seeds(lm, data, healed):

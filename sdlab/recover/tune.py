@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from ..core.plot import _axes,curve
 from ..core.data import collate,encoded,fingerprint,rows
-from ..core.model import LM,load,_silent
+from ..core.model import LM,load,silent_modules,_silent
 from ..measure.stream import Likelihood,_still,scan
 
 # %% ../../nbs/recover/40_tune.ipynb #c005
@@ -265,6 +265,12 @@ def _lora(
     if own['r']<1: raise ValueError(f'A LoRA rank is at least 1, not {own["r"]}; lora=None trains all weights.')
     return LoraConfig(**({'target_modules':'all-linear', 'lora_alpha':2*own['r'], 'task_type':'CAUSAL_LM'} | own))
 
+def _spared(config, student):
+    "Adapters that leave silent what an earlier cut silenced: beside a writer of zeros they would wake it"
+    had = getattr(config, 'exclude_modules', '')                             # a pattern of the caller's is left alone
+    if not isinstance(had, str): config.exclude_modules = [*(had or []), *silent_modules(student)] or None
+    return config
+
 def _told(config): return None if config is None else {k:sorted(v) if isinstance(v, set) else v for k,v in config.to_dict().items() if isinstance(v, (int,float,str,set,list,dict)) and v}
 
 # %% ../../nbs/recover/40_tune.ipynb #c026
@@ -422,7 +428,7 @@ def tune(
 )->LM:                  # A new model; `config.sdlab` says how it was made
     "Supervised fine-tuning of `student` on what `on` says in every row: SFT, or self-data distillation (2410.09982)"
     _checked(sft)
-    config,longest = _lora(lora),sft.pop('max_length', None)
+    config,longest = _spared(_lora(lora), student),sft.pop('max_length', None)
     told = rows(data)
     ds = labelled(student, told, on, longest)
     held = None if valid is None else labelled(student, valid, on, longest)
