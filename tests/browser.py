@@ -108,13 +108,14 @@ class House:
         return {**os.environ, **h, _mark: str(self.home), _mark+'_PARENT': str(os.getpid()), 'PYTHONPATH': path, 'JUPYTER_PLATFORM_DIRS': '0', 'PYTHONDONTWRITEBYTECODE': '1',
                 'HF_HUB_OFFLINE': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1'), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
 
-    def copy(self, nb, name=None): # Path of the copy
-        "A notebook to run: a path in the checkout, or a list of sources of code cells; without outputs and cells marked slow, with a last line that says that all have run"
+    def copy(self, nb, name=None, leave=''): # Path of the copy
+        "A notebook to run: a path in the checkout, or a list of sources of code cells; without outputs, cells marked slow and lines that match `leave`, with a last line that says that all have run"
         if isinstance(nb, list): cells, name = [dict(cell_type='code', source=s) for s in nb], name or 'made.ipynb'
         else:
             p = ROOT/nb
             cells, name = json.loads(p.read_text(encoding='utf-8'))['cells'], name or p.name
         cells = [c for c in cells if not re.match(r'#\|\s*(slow|gpu)\b', ''.join(c['source']))]
+        if leave: cells = [{**c, 'source': '\n'.join(l for l in ''.join(c['source']).split('\n') if c['cell_type']!='code' or not re.search(leave, l))} for c in cells]
         cells.append(dict(cell_type='code', source=f"print('every cell', {SENTINEL.split(' ', 2)[2]!r})"))
         clean = lambda i, c: dict(cell_type=c['cell_type'], id=f'c{i:03d}', metadata={}, source=c['source'], **(dict(execution_count=None, outputs=[]) if c['cell_type']=='code' else {}))
         kernel = dict(display_name='python3', language='python', name='python3')
@@ -331,10 +332,15 @@ class Screen:
         return wait_for(lambda: self.kernel.ask(expression), seconds, f'the kernel to say {expression}', .1)
 
     def picture(self, path, of=None, limit=300_000): # Path
-        "A screenshot of the page or of one element, at most `limit` bytes"
+        "A screenshot of the page or of one element, whole however long it is, at most `limit` bytes"
         to = Path(path)
         to.parent.mkdir(parents=True, exist_ok=True)
+        if of is not None:
+            self.page.set_viewport_size({**SIZE, 'height': max(SIZE['height'], int(of.bounding_box()['height'])+200)})
+            of.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(500)                 # what follows the width of the page is drawn anew
         (of or self.page).screenshot(path=str(to), animations='disabled')
+        self.page.set_viewport_size(SIZE)
         if to.stat().st_size>limit: _smaller(to, limit)
         return to
 
