@@ -116,6 +116,15 @@ def test_bad_values(inside, tmp_path, capsys):
     refused(capsys, 'sdlab cka --pool middle --out m', "'last' (token) or 'mean'")
     assert not any((inside/p).exists() for p in ('a.csv', 'a.png', 'a.json', 'd', 'h', 'm'))        # a mended command finds its place free
 
+@pytest.mark.parametrize('measure, part, what', [('influence', 'block', 'block'), ('update', 'mlp', 'mlp'), ('angular', 'attention', 'attention'), ('kl', 'block', 'block'), ('loss', 'attention', 'attention')])
+def test_measures_and_parts(inside, measure, part, what):
+    "Every measure gives a plan that prune takes, of whole blocks or of halves"
+    assert type_in(f'sdlab distances --measure {measure} --part {part} --drop 1 --n 8 --out {measure}.csv --plan {measure}.json')==0
+    plan = Plan.from_json(Path(f'{measure}.json').read_text())
+    assert json.loads(plan.to_json())['drop'][what] and len(pd.read_csv(f'{measure}.csv'))>=12
+    assert type_in(f'sdlab prune --plan {measure}.json --out cut-{measure}')==0
+    assert load(f'cut-{measure}').n==(11 if part=='block' else 12)
+
 def test_a_plan_of_another_model(inside, capsys):
     refused(capsys, 'sdlab prune runs/cut --out x', 'for a model of 12 blocks', 'has 10')
     plan = json.loads(Path('runs/plan.json').read_text())

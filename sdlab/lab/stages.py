@@ -14,6 +14,7 @@ from ..core.data import batches, fingerprint, overlap, rows
 from ..core.plan import Plan
 from ..core.pocket import TASKS, pocket_calibration, pocket_rows, pocket_tasks
 from ..compress.depth import prune
+from ..compress.quality import quality
 from ..distill.rewrite import summary
 from ..judge.recovery import Recovery
 from ..judge.score import _alike
@@ -83,12 +84,13 @@ def _at(dtype, device): return dict(dtype=dtype, device=device) # Options that a
 
 # %% ../../nbs/lab/71_stages.ipynb #c011
 _MEASURES = dict(angular=distances, influence=influence, update=relative_update)
+_EXACT = ('loss', 'kl')
 
-def _scores(lm, texts, measure, part, tokens, batch_size):
-    if measure not in _MEASURES: raise ValueError(f"There is no measure {measure!r}: expected {', '.join(_MEASURES)}.")
-    if tokens and measure=='influence': raise ValueError('Block influence is a mean over all tokens: leave --tokens out, or choose another --measure.')
-    how = {k:v for k,v in dict(tokens=tokens, part=part if part!='block' else None).items() if v}
-    return _MEASURES[measure](lm, batches(lm, texts, size=batch_size), **how)
+def _scores(lm, bs, measure, part, tokens, drop): # Of every span or block; the exact ones of spans of the size that is asked for
+    if measure not in (*_MEASURES, *_EXACT): raise ValueError(f"There is no measure {measure!r}: expected {', '.join([*_MEASURES, *_EXACT])}.")
+    if tokens and measure not in ('angular', 'update'): raise ValueError(f'The measure {measure} is a mean over all tokens: leave --tokens out, or choose another --measure.')
+    if measure in _EXACT: return quality(lm, bs, sizes=drop, part=part)[measure]
+    return _MEASURES[measure](lm, bs, part=part, **({'tokens':tokens} if tokens else {}))
 
 def stage_distances(
     model='pocket',         # Folder or hub id of the model; pocket is the teacher inside the package
@@ -96,7 +98,7 @@ def stage_distances(
     drop=2,                 # Blocks to drop
     out='runs/spans.csv',   # Table of all scores; its picture goes beside it, as .png
     plan='runs/plan.json',  # The best choice of that many blocks
-    measure='angular',      # angular (distance across every span), influence (of blocks) or update (relative, of every span)
+    measure='angular',      # angular (distance across every span), influence (of blocks), update (relative, of every span); exactly, for spans of that many blocks: loss, kl (to the whole model)
     part='block',           # What is dropped: block, attention or mlp
     tokens=None,            # Where the stream is compared: at the last token of each text, or at all (default: the measure's own)
     n=256,                  # Texts at most (0: all)
@@ -112,7 +114,7 @@ def stage_distances(
     texts = _source(texts, model, 'texts', pocket_calibration)
     lm = _model(model, dtype, device)
     Plan(lm.n, range(drop))                                   # refuses too many before anything is measured
-    scores = _scores(lm, _drawn(_readable(lm, texts), n, seed), measure, part, tokens, batch_size)
+    scores = _scores(lm, batches(lm, _drawn(_readable(lm, texts), n, seed), size=batch_size), measure, part, tokens, drop)
     best = scores.best(drop)
     _keep_scores(scores, out)
     plan.write_text(best.to_json())
