@@ -44,10 +44,11 @@ function render({ model, el }) {
     g.strokeStyle = pen.line; g.lineWidth = 1; g.fillStyle = pen.text; g.font = `11px ${pen.font}`
     g.strokeRect(box.left + .5, box.top + .5, box.right - box.left, box.bottom - box.top)
     g.textAlign = 'center'; g.textBaseline = 'top'
-    for (const t of ticks(box.x0, box.x1, (box.right - box.left) / 70)) { g.fillText(short(t, 3), box.X(t), box.bottom + 5); g.beginPath(); g.moveTo(box.X(t), box.bottom); g.lineTo(box.X(t), box.bottom + 3); g.stroke() }
+    const xt = ticks(box.x0, box.x1, (box.right - box.left) / 70), yt = ticks(box.y0, box.y1, (box.bottom - box.top) / 40)
+    for (const t of xt) { g.fillText(fixed(t, xt[1] - xt[0] || 1), box.X(t), box.bottom + 5); g.beginPath(); g.moveTo(box.X(t), box.bottom); g.lineTo(box.X(t), box.bottom + 3); g.stroke() }
     g.fillText(get('xlabel'), (box.left + box.right) / 2, box.bottom + 21)
     g.textAlign = 'right'; g.textBaseline = 'middle'
-    for (const t of ticks(box.y0, box.y1, (box.bottom - box.top) / 40)) { g.fillText(short(t, 3), box.left - 6, box.Y(t)); g.beginPath(); g.moveTo(box.left - 3, box.Y(t)); g.lineTo(box.left, box.Y(t)); g.stroke() }
+    for (const t of yt) { g.fillText(fixed(t, yt[1] - yt[0] || 1), box.left - 6, box.Y(t)); g.beginPath(); g.moveTo(box.left - 3, box.Y(t)); g.lineTo(box.left, box.Y(t)); g.stroke() }
     g.save(); g.translate(10, (box.top + box.bottom) / 2); g.rotate(-Math.PI / 2); g.textAlign = 'center'; g.fillText(get('ylabel'), 0, 0); g.restore()
   }
 
@@ -137,7 +138,7 @@ function render({ model, el }) {
   model.on('change:series', fresh)
   for (const k of ['xlabel', 'ylabel', 'xlim', 'ylim', 'selected', 'width', 'height']) model.on(`change:${k}`, again)
   for (const k of ['legend', 'label']) model.on(`change:${k}`, names)
-  const ends = [onTheme(() => { names(); again() }), onWidth(el, again)]
+  const ends = [onTheme(() => { names(); again() }), onWidth(el, again), named(el)]
   update()
   return () => { ends.forEach(f => f()); cancelAnimationFrame(motion) }
 }

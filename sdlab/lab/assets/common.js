@@ -48,6 +48,8 @@ function soon(f) { // at most once per frame
   return () => { if (!asked) asked = requestAnimationFrame(() => { asked = 0; f() }) }
 }
 
+const fixed = (v, step) => Math.abs(v) >= 1e5 || (v !== 0 && Math.abs(v) < 1e-4) ? v.toExponential(2) : v.toFixed(Math.max(0, Math.min(8, -Math.floor(Math.log10(step) + 1e-9)))) // as many digits as tell a tick from the next
+
 const short = (v, digits = 3) => v === 0 ? '0' : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-4 ? v.toExponential(digits - 1) : String(Number(v.toPrecision(Math.max(digits, Math.ceil(Math.log10(Math.abs(v) + 1))))))
 
 function ticks(lo, hi, n) { // round numbers from lo to hi, about n of them
@@ -56,4 +58,19 @@ function ticks(lo, hi, n) { // round numbers from lo to hi, about n of them
   const out = []
   for (let v = Math.ceil(lo / step - 1e-9) * step; v <= hi + step * 1e-9; v += step) out.push(Math.abs(v) < step * 1e-9 ? 0 : v)
   return out
+}
+
+function named(el) { // ipywidgets gives sliders, players and rows of toggles no name for screen readers: they get the one that stands beside them
+  const top = el.closest('.jp-OutputArea-output') || el.parentElement || el, words = { play: 'Play', pause: 'Pause', stop: 'Stop', retweet: 'Repeat' }
+  const label = o => o.querySelector(':scope > .widget-label')?.textContent || ''
+  const put = (o, k, v) => { if (v && o.getAttribute(k) !== v) o.setAttribute(k, v) }
+  const name = () => {
+    for (const o of top.querySelectorAll('.widget-slider')) o.querySelectorAll('.noUi-handle').forEach(h => put(h, 'aria-label', label(o)))
+    for (const o of top.querySelectorAll('.widget-play button')) put(o, 'aria-label', words[(o.querySelector('i')?.className.match(/fa-(\w+)/) || [])[1]] || o.title)
+    for (const o of top.querySelectorAll('.widget-toggle-buttons')) { put(o, 'role', 'group'); put(o, 'aria-label', label(o)); o.querySelectorAll('button').forEach(b => put(b, 'aria-pressed', String(b.classList.contains('mod-active')))) }
+  }
+  const later = soon(name), seen = new MutationObserver(later)
+  seen.observe(top, { childList: true, subtree: true, attributes: true, attributeFilter: ['class'] })
+  later()
+  return () => seen.disconnect()
 }

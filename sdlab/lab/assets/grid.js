@@ -119,7 +119,7 @@ function render({ model, el }) {
   const again = soon(drawBack), light = soon(drawFront)
   for (const k of ['values', 'rows', 'cols', 'row_title', 'col_title', 'label', 'blank', 'vmin', 'vmax', 'palette', 'under', 'hatched_rows', 'hatched_cols']) model.on(`change:${k}`, again)
   for (const k of ['selected', 'marks']) model.on(`change:${k}`, light)
-  const ends = [onTheme(again), onWidth(el, again)]
+  const ends = [onTheme(again), onWidth(el, again), named(el)]
   drawBack()
   return () => { ends.forEach(f => f()); window.removeEventListener('pointerup', up) }
 }
