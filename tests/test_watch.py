@@ -325,11 +325,15 @@ def test_the_widget_follows(tmp_path, whole):
     w.wait(240); w.check()
     log = w.log
     assert [s['name'] for s in v.loss.series] == ['SFT', 'self-data'] and v.loss.series[0]['y'] == pytest.approx(log[log.arm == 'SFT'].loss.dropna().tolist())
-    assert w.shown == 'echo' and list(v.shown.options) == ['echo', 'cka'] and v.start.disabled and v.stop.disabled
+    assert w.shown == 'echo' and [o[1] for o in v.shown.options] == ['echo', 'cka'] and v.start.disabled and v.stop.disabled
     v.shown.value = 'cka'
     assert w.shown == 'cka' and v.looks.series[1]['y'] == pytest.approx(log[log.arm == 'self-data'].cka.dropna().tolist())
     v.looks.selected = [0, 1]
     assert w.look == 2 == v.look.value and 'SFT, step 2' in v.answers.value and 'step 6' not in v.answers.value
+    v.look.value = N
+    assert w.look == -1 and 'SFT, step 6' in v.answers.value
+    w.look = 0
+    assert v.look.value == 0 and 'SFT, step 0' in v.answers.value
     with pytest.raises(Exception, match="No look gives 'sums'"): w.shown = 'sums'
     with pytest.raises(Exception, match='There is no question 1'): w.prompt = 1
     assert w.progress == 1. and w.doing == ''

@@ -591,15 +591,17 @@ def _table_text(f): return _rounded(f).to_string(index=False, na_rep='', float_f
 def _controls(me):
     "Buttons, charts and answers"
     import ipywidgets as w
-    v = SimpleNamespace(start=w.Button(description='Start', tooltip='Train; goes on where the run was paused or killed'), stop=w.Button(description='Stop', tooltip='Finish the student as it is now, with a last look, and leave out the arms that have not begun'),
+    v = SimpleNamespace(start=w.Button(description='Start', button_style='primary', tooltip='Train; goes on where the run was paused or killed'), stop=w.Button(description='Stop', tooltip='Finish the student as it is now, with a last look, and leave out the arms that have not begun'),
         skip=w.Button(description='Next arm', tooltip='Finish this arm as it is now and go on with the next'), loss=Chart(xlabel='step', ylabel='loss (nats)', label='loss of what is learned'), looks=Chart(xlabel='step', label='what the looks gave'),
-        shown=w.Dropdown(options=['']), table=w.HTML(), look=w.IntSlider(min=-1, max=1, description='up to step', tooltip='Answers of the last look up to this step; -1: the newest'), prompt=w.Dropdown(options=[(textwrap.shorten(_words(o), 90), i) for i,o in enumerate(me.about['prompts'])] or [('', 0)], description='question'), answers=w.HTML())
+        shown=w.Dropdown(options=['']), table=w.HTML(), look=w.IntSlider(min=0, max=1, value=1, description='up to step', tooltip='Answers of the last look up to this step; at the right end the newest'), prompt=w.Dropdown(layout=w.Layout(width='32em', max_width='95%'), options=[(textwrap.shorten(_words(o), 90), i) for i,o in enumerate(me.about['prompts'])] or [('', 0)], description='question'), answers=w.HTML())
     v.shown.description = 'looks'
     for b,f in ((v.start, me.start), (v.stop, me.stop), (v.skip, partial(me.stop, rest=False))): b.on_click(me.guard(lambda _, f=f: f()))
     status = me.status()
     pause = status.children[1].children[-1]
     pause.description,pause.tooltip = 'Pause','End after this step; Start goes on from the last checkpoint'
-    me.bind('look', v.look), me.bind('prompt', v.prompt)
+    me.bind('prompt', v.prompt)
+    v.look.observe(me.guard(lambda c: _slid(me, v)), 'value')
+    me.observe(me.guard(lambda _: _placed(me, v)), 'look')
     v.shown.observe(me.guard(lambda c: setattr(me, 'shown', c['new'] or me.shown)), 'value')
     v.looks.observe(me.guard(lambda c: _pointed(me, v, c['new'])), 'selected')
     wrap = w.Layout(flex_flow='row wrap', align_items='flex-end')
@@ -607,27 +609,36 @@ def _controls(me):
     v.top = w.VBox([w.HBox([v.start, v.stop]+[v.skip]*(len(me.names)>1)), status, w.HBox([v.loss, w.VBox([v.shown, v.looks])], layout=wrap), v.table, *asked])
     return v
 
+def _slid(me, v): me.look = v.look.value if v.look.value<v.look.max else -1
+def _placed(me, v): v.look.value = min(me.look, v.look.max) if me.look>=0 else v.look.max
+
 def _pointed(me, v, at):
     "A click on a look shows what was said there"
     if len(at)==2 and at[0]<len(v.looks.series): me.look = int(v.looks.series[at[0]]['x'][at[1]])
 
 def _fill_answers(me, v):
     "What was said, as far as is asked for"
-    if me.about['prompts']: v.answers.value = _answers_html(_said(me.samples, _words(me.about['prompts'][me.prompt]), me.look), me.names)
+    if not me.about['prompts']: return
+    q = _words(me.about['prompts'][me.prompt])
+    v.answers.value = f'<div dir="auto" style="white-space:pre-wrap;margin:.3em 0">{esc(q)}</div>'+_answers_html(_said(me.samples, q, me.look), me.names)
 
 def _fill_looks(me, v, log):
     "The right chart, and what it can be asked for"
     seen = _looked(log)
     if seen and me.shown not in seen: me.shown = next((k for k in seen if k in me.about['tasks']), seen[-1])
-    if (list(v.shown.options), v.shown.value)!=(want := seen or [''], k := me.shown if seen else ''): v.shown.options = want; v.shown.value = me.shown = k
+    want,k = [(_LABELS.get(o, o), o) for o in seen] or [''],me.shown if seen else ''
+    if (list(v.shown.options), v.shown.value)!=(want, k): v.shown.options = want; v.shown.value = me.shown = k
     unit = ' (%)' if me.about['tasks'].get(k, {}).get('metric','perplexity')!='perplexity' else ''
-    v.looks.series,v.looks.ylabel = _look_series(me.about, log, k, me.marks),k+unit
+    v.looks.series,v.looks.ylabel = _look_series(me.about, log, k, me.marks),_LABELS.get(k, k)+unit
+
+_LABELS = dict(cka='CKA with the teacher', valid_loss='held-out loss (nats)')
 
 def _fill(me, v, f):
     "The widget, from what is known"
     log,busy = me.log,me._working is not None and me._working.busy and me.running
     v.loss.series = _loss_series(me.about, log)
     v.look.max = max(1, int(log.step.max()) if len(log) else 1)
+    _placed(me, v)
     v.table.value = table_html(_rounded(f), caption=f'{me.about["rows"]} rows')
     v.start.disabled,v.stop.disabled = busy or me._given is None or set(f.state)<={'finished','stopped'},not me.running
     v.skip.disabled = v.stop.disabled
