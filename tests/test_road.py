@@ -89,6 +89,22 @@ def test_the_whole_road(r):
     r.close()
     assert all(o.closed for o in made) and not r.folder.exists() and not threads()
 
+def test_what_was_done_is_not_done_again(stand, monkeypatch, tmp_path):
+    "A page that is opened again on the same folder: nothing is written or trained a second time; a training that was stopped is"
+    monkeypatch.setattr(R, 'ground', lambda *args, **kwargs: stand)
+    def walk(r, **settings):
+        for k, v in settings.items(): setattr(r, k, v)
+        done(r.cut(PLAN)); done(r.write()); done(r.heal())
+        return {k: lm.fingerprint for k, lm in r.students.items()}
+    stamps = lambda: {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob('model.safetensors')}
+    with road(out=tmp_path, **TINY) as r: first = walk(r, sft=False, epochs=.5)
+    was = stamps()
+    with road(out=tmp_path, **TINY) as r:
+        assert walk(r, sft=False, epochs=.5)==first and stamps()==was
+        r.made['heal']._record.add('end', 'self-data', 1, state='stopped', why='by hand')
+        done(r.heal())
+        assert stamps()!=was and set(r.made['heal'].frame().state)=={'finished'}
+
 def test_cancel_in_each_step(r, monkeypatch):
     "In the middle, from another thread, as a button does it; the step can be taken again"
     r.observe(lambda e: r.cancel() if e['new'].startswith('cutting') else None, 'doing')
@@ -198,9 +214,9 @@ def get(address):
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
     with opener.open(address, timeout=120) as page: return page.url, page.read().decode()
 
-def test_sdlab_lab_serves_the_page(port):
+def test_sdlab_lab_serves_the_page(port, tmp_path):
     "Started as a command, looked at, ended: the page asks for nothing outside, and nobody gets in without the token"
-    code = f'from sdlab.lab.road import lab; lab(port={port}, no_browser=True)'
+    code = f'from sdlab.lab.road import lab; lab(port={port}, no_browser=True, out={str(tmp_path)!r})'
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         address = next(m[1] for line in p.stdout if (m := re.search(r'The lab is at (\S+)', line)))

@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'Step', 'Route', 'Ground', 'ground', 'Road', 'road', 'page', 'lab_command', 'lab']
 
 # %% ../../nbs/lab/70_road.ipynb #c002
-import importlib.util, json, os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
+import hashlib, importlib.util, json, os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -132,7 +132,8 @@ def _cutting(r, plan): # The plan, made into a model on tensors of its own
     r._finish('cut', dict(plan=plan, pruned=pruned), _which(plan))
 
 def _writing(r, size): # The teacher's words, `size` rows at a time
-    g,how = r.ground,dict(out=r.folder/f'ledger-{r.ground.teacher.fingerprint[:8]}', max_new_tokens=r.ground.longest, batch_size=size, progress=False)
+    g = r.ground
+    how = dict(out=r.folder/f'ledger-{g.teacher.fingerprint[:8]}-{g.longest}', max_new_tokens=g.longest, batch_size=size, progress=False)
     for a in range(0, len(g.train), size):
         r.doing,r.progress = f'the teacher writes, row {a} of {len(g.train)}',a/len(g.train)
         yield
@@ -154,9 +155,9 @@ def _healing(r): # The students, as far as they get
     finally: w.stop()
     _healed(r)
 
-def _healed(r, change=None): # Take over what a training has come to, whoever started or stopped it
+def _healed(r): # Take over what a training has come to, whoever started or stopped it
     w = r.made['heal']
-    if w.students and set(w.frame().state)<={'finished', 'stopped', 'waiting'} and not w.running: r._finish('heal', dict(w.students)); r._stand()
+    if not w.closed and w.students and set(w.frame().state)<={'finished', 'stopped', 'waiting'} and not w.running: r._finish('heal', dict(w.students)); r._stand()
 
 def _looking(r): # What the checkpoints looked like from inside
     r.doing,r.progress = 'laying out the checkpoints',0.
@@ -200,7 +201,14 @@ def _watch(r):
     arms = {k:(r.pruned, on) for k,on,wanted in (('SFT', 'reference', r.sft), ('self-data', 'completion', r.own)) if wanted}
     if not arms: raise ValueError('Choose at least one way to heal: on the given answers, on the teacher\'s words, or both.')
     looks = {k:t.sample(20) for k,t in list(r.ground.tasks.items())[:2]}
-    return Watch(arms, r.rows, r.ground.teacher, r.ground.calibration, prompts=(_question(r),), tasks=looks, epochs=r.epochs, lr=r.lr, batch_size=r.batch)
+    how,data = dict(epochs=r.epochs, lr=r.lr, batch_size=r.batch),r.rows
+    place = r.folder/f'heal-{_key(_which(r.plan), fingerprint(data), sorted(arms), how, repr(r.ground))}'
+    was = r.made.get('heal')
+    again = was is not None and was.out==place and 'stopped' in set(was.frame().state)   # whoever stopped it, and asks once more, wants all of it
+    if was is not None: was.close()
+    return Watch(arms, data, r.ground.teacher, r.ground.calibration, prompts=(_question(r),), tasks=looks, out=place, resume=not again, **how)
+
+def _key(*what): return hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
 
 def _map(r):
     from sdlab.lab.map import Map
@@ -225,7 +233,7 @@ class Road(Instrument):
     def __init__(self,
         teacher=None, # LM, folder or hub id (default: the pocket teacher)
         data=None,    # Rows to heal on (default: the pocket teacher's word problems)
-        out=None,     # Folder for the ledger of what the teacher writes (default: one for the time being)
+        out=None,     # Folder for what is written and trained, none of which is then done twice (default: one for the time being)
         **sizes       # Passed to `ground`: n, judged, longest, texts, seed
     ):
         super().__init__()
@@ -256,7 +264,8 @@ class Road(Instrument):
     def _replace(self, name, new):
         old,self.made = self.made.get(name),self.made|{name:new}
         if old is not None: old.close()
-    def _read(self): # Rows may have been dropped by hand since
+    def _read(self): # Rows may have been dropped by hand since, a training may have been taken up again
+        if 'heal' in self.made and self.now!='heal' and self.route.value('heal') is None: _healed(self)
         if self.route.value('write') is not None: self.route.remark('write', _read_as(self, self.route.value('write'))); self._stand()
 
     def _idle(self):
@@ -307,7 +316,7 @@ class Road(Instrument):
         elif self._working is not None: self._working.cancel()
         return self
     def close(self):
-        "End everything; what the teacher has written stays where `out` was given"
+        "End everything; what was written and trained stays where `out` was given"
         if self.closed: return
         if self.now: self.cancel()
         super().close()
@@ -398,7 +407,7 @@ def _page(r):
     def name(_=None):
         for i,s in enumerate(STEPS): tabs.set_title(i, f'{i+1} {s.title}'+(f' ({_SAID[r.standing[s.name]]})' if _SAID[r.standing[s.name]] else ''))
     def turn(change): tabs.selected_index = [s.name for s in STEPS].index(change['new'])
-    tabs.observe(r.guard(lambda c: r.set_trait('step', STEPS[c['new']].name)), 'selected_index')
+    tabs.observe(r.guard(lambda c: (r.set_trait('step', STEPS[c['new']].name), r._read())), 'selected_index')
     r.observe(turn, 'step')
     r.observe(r.guard(name), 'standing')
     tabs.selected_index = [s.name for s in STEPS].index(r.step)
@@ -411,7 +420,7 @@ def _page(r):
 def road(
     teacher=None, # LM, folder or hub id (default: the pocket teacher)
     data=None,    # Rows to heal on: a file, a hub id, or anything that `core.data.rows` reads (default: the pocket teacher's word problems)
-    out=None,     # Folder for the ledger of what the teacher writes
+    out=None,     # Folder for what is written and trained, none of which is then done twice (default: one for the time being)
     **sizes       # Passed to `ground`: n, judged, longest, texts, seed
 )->Road:
     "Choose a cut, write the data, heal, look inside, compare: five instruments on one page"
@@ -459,7 +468,7 @@ def _listens(port, process, patience=60): # Wait until the page can be opened
 def lab(
     teacher=None,     # Folder or hub id of the model to compress (default: the pocket teacher)
     data=None,        # Rows to heal it on: a .json, .jsonl, .csv or .parquet file, or a hub id (default: the pocket teacher's word problems)
-    out=None,         # Folder for what the teacher writes, so that it is not written twice
+    out='runs/lab',   # Folder for what is written and trained, so that a page that is opened again need not do it again
     port=8866,        # Port of this machine on which the page is served
     no_browser=False, # Only print the address
 ):
@@ -468,7 +477,7 @@ def lab(
     if importlib.util.find_spec('voila') is None: raise ValueError("The page needs voila, which is not installed: pip install 'sdlab[lab]', or open the tutorials in JupyterLab.")
     _free(port)
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # take the page along
-    command,env,address = lab_command(port, teacher=_absolute(teacher), data=_absolute(data), out=out and str(Path(out).resolve()))
+    command,env,address = lab_command(port, teacher=_absolute(teacher), data=_absolute(data), out=str(Path(out).resolve()))
     with subprocess.Popen(command, env=env) as process:
         try:
             _listens(port, process)
