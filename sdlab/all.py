@@ -10,12 +10,15 @@ from .core.plot import *
 from .core.plan import *
 from .core.data import *
 from .core.model import *
+from .core.parts import *
 from .core.answers import *
 from .core.pocket import *
 from .measure.stream import *
 from .measure.importance import *
 from .measure.cka import *
 from .measure.cost import *
+from .measure.trajectory import *
+from .measure.text import *
 from .compress.depth import *
 from .compress.quality import *
 from .distill.rewrite import *
@@ -24,6 +27,12 @@ from .judge.score import *
 from .judge.recovery import *
 from .lab.study import *
 from .lab.report import *
+from .lab.picker import Picker
+from .lab.reader import Reader
+from .lab.watch import Watch
+from .lab.map import Map
+from .lab.compare import Compare
+from .lab.road import road
 
 # %% ../nbs/90_all.ipynb #c005
 __all__ = [o for o in dir() if not o.startswith('_')]
