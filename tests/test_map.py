@@ -250,7 +250,7 @@ def test_a_slider_step_computes_nothing_twice(monkeypatch):
         assert len(seen)==3 and not m.doing
         m.layer = 4; m.wait()
         assert len(seen)==6
-        assert seen[3][0][0][1].step==m.step                    # what is looked at comes first
+        assert seen[3][0][1].step==m.step                    # what is looked at comes first
 
 def test_cancelled_planes_are_asked_for_again():
     with Map(two(), method='mds') as m:
@@ -289,6 +289,14 @@ def test_ways_to_say_what_to_show(tmp_path):
     for o in f+[TEACHER]: keep_frame(o, tmp_path)
     assert Map(tmp_path).students==['a'] and Map(str(tmp_path))._anchor.anchor
     assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: look again with Camera(..., points=True)')
+
+def test_the_folder_of_a_run_of_watch(tmp_path):
+    "Two arms and the teacher, each with frames of its own"
+    (tmp_path/'watch.json').write_text(json.dumps(dict(arms={'self-data': dict(folder='arm-0'), 'SFT': dict(folder='arm-1')})))
+    for place, frames in (('teacher', [TEACHER]), ('arm-0', film('self-data')), ('arm-1', film('SFT', 2))):
+        for f in frames: keep_frame(f, tmp_path/place/'frames')
+    m = Map(tmp_path, 'SFT')
+    assert (m.students, m.mode, m.other, m._anchor.anchor)==(['self-data', 'SFT'], 'both', 'SFT', True)
 
 def test_names_are_shown_letter_by_letter():
     bad = '<img src=x onerror=alert(1)>$\\frac$'

@@ -257,16 +257,17 @@ class Map(_Pictures):
     def build(self):
         "Controls and pictures"
         import ipywidgets as w
-        self._maps = [Grid(vmin=0., vmax=1., col_title=f'layer of {self._anchor.cka.teacher}', rows=self._numbers, cols=self._numbers, max_cell=24, blank='the same state for every text') for _ in 'ab']
-        self._curves = Chart(xlabel="layer, in the teacher's numbers", ylabel='CKA with the same place', ylim=[self.low, 1.02], label='Diagonal of the map', width=420, height=300)
+        side = max(9, min(22, 290//(self.depth+1)))
+        self._maps = [Grid(vmin=0., vmax=1., col_title=f'layer of {self._anchor.cka.teacher}', rows=self._numbers, cols=self._numbers, max_cell=side, blank='the same state for every text') for _ in 'ab']
+        self._curves = Chart(xlabel=f"layer, in the teacher's numbers (dashed: step {self.steps[0]})", ylabel='CKA with the same place', ylim=[self.low, 1.02], label='Diagonal of the map', width=390, height=300)
         self._plane = Chart(width=380, height=358, label='The texts in two dimensions', glide=400)
         self._said = [w.HTML() for _ in 'abc']
         for g in self._maps: g.observe(self.guard(lambda c: c['new'] and self.set_trait('layer', c['new'][0])), 'selected')
         self._curves.observe(self.guard(self._pick_layer), 'selected')
         self._plane.observe(self.guard(self._pick_text), 'selected')
         self.observe(self.guard(lambda c: self._show(c['name'])), ['step','student','other','mode','layer','method','chosen'])
-        self._cells = [w.VBox([s, g], layout=dict(margin='0 1em 0 0')) for s,g in zip(self._said, self._maps)]
-        top = w.VBox([*self._controls(w), w.HBox(self._cells, layout=dict(flex_flow='row wrap')), w.HBox([self._curves, w.VBox([self._plane, self._said[2]])], layout=dict(flex_flow='row wrap')), self.status()])
+        self._cells = [w.VBox([s, g], layout=dict(width=f'{side*(self.depth+1)+125}px')) for s,g in zip(self._said, self._maps)]
+        top = w.VBox([*self._controls(w), w.HBox([*self._cells, *(w.VBox(o, layout=dict(width='400px')) for o in ([self._curves], [self._plane, self._said[2]]))], layout=dict(flex_flow='row wrap')), self.status()])
         self._show('step')
         return top
 
@@ -323,7 +324,7 @@ class Map(_Pictures):
     def _show_curves(self):
         first = [(k, self.look(k, self.steps[0]), True) for k in self.shown]
         now = [(k, self.look(k), False) for k in self.shown]
-        self._curves.series = [dict(name=f'{k}, step {f.step}', color=self._color(k), x=list(f.layers), y=f.cka.diagonal.tolist(), dash=dash) for k,f,dash in now+first]
+        self._curves.series = [dict(name='' if dash else f'{k}, step {f.step}', color=self._color(k), x=list(f.layers), y=f.cka.diagonal.tolist(), dash=dash) for k,f,dash in now+first]
 
     def _show_layer(self):
         "The layer, in the maps and on the curve"
