@@ -297,7 +297,7 @@ def test_it_speaks_to_those_who_do_not_see(picker):
     ui = p._ui
     assert all(o.description for o in (ui.part, ui.n, ui.measure, ui.prompt, ui.best, ui.fill))
     assert ui.grid.label and ui.grid.row_title and ui.grid.col_title and ui.chart.label and ui.tried.caption
-    assert 'role="img"' in ui.strip.value and 'role="status"' in ui.numbers.value
+    assert 'role="img"' in ui.strip.value and 'role="status"' in ui.numbers.value and 'zeros' not in ui.numbers.value
 
 
 def test_a_picker_that_is_dropped_leaves_nothing(lm):

@@ -300,7 +300,7 @@ class Picker(Instrument):
             for done,total,found in steps:
                 self.scores.update({(k,part):_spans(found[MEASURES[k]]) for k in names})
                 self.doing,self.progress = f'{what}: {done} of {total}',done/total
-                if time.monotonic()-painted>.3: self._paint_map(); painted = time.monotonic()
+                if time.monotonic()-painted>.3: self._paint(); painted = time.monotonic()
                 yield
         finally:
             steps.close()
@@ -345,6 +345,7 @@ def _what(p, cut): return f"{_WHAT[cut[2]]}{'s' if cut[1]>1 else ''} {p._blocks(
 def _pm(v, e, digits=3): return 'not measured yet' if v is None else f'{v:.{digits}g}'+(f' ± {e:.1g}' if e is not None and e==e else '')
 
 def _saved(c, k): return f'{1-c[k]/c[k+"_before"]:.1%} less' if c[k]!=c[k+'_before'] else 'nothing saved'
+_ZEROS = 'a silenced half stays in the model as zeros, which are stored and multiplied like other numbers'
 
 def _lines(p):
     "`Picker.text`, line by line"
@@ -352,6 +353,7 @@ def _lines(p):
     yield f'{p.lm.name} {_what(p, p.cut)}: {p.plan.strip}'
     yield f'{p.measure} {_pm(c["score"], c["score_stderr"])}'+(f' over {s.texts} texts' if s is not None and s.texts else '')
     yield ', '.join(f'{what} {_si(c[k])}{unit} of {_si(c[k+"_before"])}{unit} ({_saved(c, k)})' for k,what,unit in (('params','parameters',''), ('macs','MACs per token',''), ('bytes','memory','B')))
+    if p.part!='block': yield _ZEROS
     yield f'perplexity {_pm(c["perplexity"], None, 4)}, the whole model {_pm(c["perplexity_before"], None, 4)}; divergence from it {_pm(c["kl"], c["kl_stderr"])}'+(f' nats per token ({c["texts"]} texts, {c["tokens"]} tokens)' if c['texts'] else '')
     if p.prompt.strip(): yield from (f'{k}: {v}' for k,v in (('prompt',p.prompt), ('whole model',shown['teacher']), ('cut model',shown['cut'])))
     yield f'{len(p._known)} cuts tried'
@@ -417,19 +419,19 @@ def _controls(p):
     "What sets the state"
     import ipywidgets as w
     wide = w.Layout(width='min(46em, 100%)')
-    return dict(part=p.bind('part', w.ToggleButtons(options=[('Whole blocks','block'),('Attention only','attention'),('MLP only','mlp')], description='Drop', style=dict(button_width='auto'))),
-        n=p.bind('n', w.IntSlider(min=1, max=p.L-1, description='Blocks', tooltip='How many neighbouring blocks to drop')),
-        measure=p.bind('measure', w.Dropdown(options=p.measures, description='Measure', tooltip='What the triangle shows')),
-        prompt=p.bind('prompt', w.Text(description='Prompt', placeholder='Ask something, then press Enter', continuous_update=False, layout=wide)),
+    return dict(part=p.bind('part', w.ToggleButtons(options=[('Whole blocks','block'),('Attention only','attention'),('MLP only','mlp')], description='Drop', style=dict(button_width='auto', description_width='5em'), layout=w.Layout(width='30em', max_width='100%'))),
+        n=p.bind('n', w.IntSlider(min=1, max=p.L-1, description='Blocks', tooltip='How many neighbouring blocks to drop', style=dict(description_width='5em'))),
+        measure=p.bind('measure', w.Dropdown(options=p.measures, description='Measure', tooltip='What the triangle shows', style=dict(description_width='5em'))),
+        prompt=p.bind('prompt', w.Text(description='Prompt', placeholder='Ask something, then press Enter', continuous_update=False, layout=wide, style=dict(description_width='5em'))),
         best=w.Button(description='Cheapest of this size', tooltip='Go to the span that the measure would choose', layout=w.Layout(width='auto')),
         fill=w.Button(description='Measure the triangle', tooltip='Measure every span in the background', layout=w.Layout(width='auto')))
 
 def _pictures(p):
     "What shows it"
     import ipywidgets as w
-    return dict(grid=Grid(rows=[str(n) for n in range(1, p.L)], cols=p.names, row_title='blocks dropped', col_title='first block', blank='not measured yet', vmin=0.),
+    return dict(grid=Grid(rows=[str(n) for n in range(1, p.L)], cols=p.names, row_title='blocks dropped', col_title='first block', blank='not measured yet', vmin=0., layout=w.Layout(flex='0 1 33em', width='33em', max_width='100%', min_width='18em')),
         strip=w.HTML(), numbers=w.HTML(), whole=w.HTML(layout=w.Layout(flex='1 1 18em')), cut=w.HTML(layout=w.Layout(flex='1 1 18em')),
-        chart=Chart(ylabel='divergence (nats per token)', label='Quality against size of the cuts that were tried', height=230, width=430), tried=_Tried(caption='Cuts that were tried; choose one to go back to it'))
+        chart=Chart(ylabel='divergence (nats per token)', label='Quality against size of the cuts that were tried', height=230, width=430, layout=w.Layout(flex='0 1 31em', width='31em', max_width='100%')), tried=_Tried(caption='Cuts that were tried; choose one to go back to it', layout=w.Layout(flex='1 1 26em', min_width='18em')))
 
 def _built(p):
     "The widgets of a picker"
@@ -437,7 +439,7 @@ def _built(p):
     ui = SimpleNamespace(**_controls(p), **_pictures(p))
     _wire(p, ui)
     row = lambda *o: w.HBox(o, layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))
-    ui.top = w.VBox([row(ui.part, ui.n), row(ui.measure, ui.best, ui.fill), row(ui.grid, w.VBox([ui.strip, ui.numbers])), ui.prompt, row(ui.whole, ui.cut), row(ui.chart, ui.tried), p.status()])
+    ui.top = w.VBox([row(ui.part, ui.n), row(ui.measure, ui.best, ui.fill), row(ui.grid, w.VBox([ui.strip, ui.numbers], layout=w.Layout(flex='1 1 22em', min_width='18em'))), ui.prompt, row(ui.whole, ui.cut), row(ui.chart, ui.tried), p.status()])
     return ui
 
 def _wire(p, ui):
@@ -460,7 +462,7 @@ def _paint_cut(p, ui):
     ui.grid.selected = [p.n-1,p.first]
     ui.best.disabled = (s := p._shown()) is None or p.n not in s.sizes
     ui.strip.value = strip_html(p.plan, p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
-    ui.numbers.value = f'<div role="status">{table_html(_numbers(p))}</div>'
+    ui.numbers.value = f'<div role="status" style="line-height:1.25">{table_html(_numbers(p))}</div>'+(f'<small>({_ZEROS})</small>' if p.part!='block' else '')
 
 def _numbers(p):
     "The numbers of the cut as a small table"
@@ -468,8 +470,8 @@ def _numbers(p):
     c,s = p.numbers,p._shown()
     rows = [(what, _si(c[k+'_before'])+unit, _si(c[k])+unit, _saved(c, k)) for k,what,unit in (('params','Parameters',''), ('macs','MACs per token',''), ('bytes','Memory','B'))]
     rows += [('Perplexity', _pm(c['perplexity_before'], None, 4), _pm(c['perplexity'], None, 4), f'{c["texts"]} texts, {c["tokens"]} tokens' if c['texts'] else ''),
-             ('Divergence (nats per token)', '0', _pm(c['kl'], c['kl_stderr']), ''),
-             (_label(p)[0].upper()+_label(p)[1:], '', _pm(c['score'], c['score_stderr']), f'{s.texts} texts' if s is not None and s.texts else '')]
+             ('Divergence (nats per token)', '0', _pm(c['kl'], c['kl_stderr']), '')]
+    if p.measure!='exact divergence': rows += [(_label(p)[0].upper()+_label(p)[1:], '', _pm(c['score'], c['score_stderr']), f'{s.texts} texts' if s is not None and s.texts else '')]
     return pd.DataFrame(rows, columns=['','Whole model','Cut model',' '])
 
 def _paint_map(p, ui):
