@@ -77,7 +77,7 @@ def tokenizer(chat=False, pad=True):
 
 
 # Where the two halves of a block are, for tests that take them out from outside: the only place that knows names
-HALVES = {'attention': ('self_attn', 'attn', 'attention', 'self_attention'), 'mlp': ('mlp', 'fc2')}
+HALVES = {'attention': ('self_attn', 'attn', 'attention', 'self_attention'), 'mlp': ('mlp', 'fc2', 'feed_forward')}
 
 
 def half(block, part):
