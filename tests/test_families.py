@@ -286,14 +286,14 @@ def test_tied_and_half_precision():
         assert find_writers(lm)==want
 
 
-def test_weak_attention_in_half_precision(data):
+def test_weak_attention_in_half_precision(data, tmp_path):
     "A real model whose first attention moves the stream by 0.4 %, no more than a rounding of bfloat16"
     lm = load(data/'models'/'babyllama-1m')
     want = find_writers(lm)
     for dtype in (torch.bfloat16, torch.float16):
         lm.model.to(dtype)
         assert find_writers(lm)==want=={i: {'attention': ('self_attn.o_proj',), 'mlp': ('mlp.down_proj',)} for i in range(lm.n)}
-    moe = LM(tiny('Mixtral').to(torch.bfloat16), tokenizer(), 'moe')            # silent, then the other half of the same block
+    moe = load(LM(tiny('Mixtral'), tokenizer(), 'moe').save(tmp_path/'moe'), dtype='bfloat16')   # silent, then the other half of the same block
     assert prune(prune(moe, Plan(L, attn=(2,))), Plan(L, mlp=(2,))).strip=='██░███'
 
 
