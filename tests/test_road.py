@@ -239,6 +239,7 @@ def test_what_lab_refuses(port, monkeypatch, capsys):
     with socket.socket() as s:
         s.bind(('127.0.0.1', port)); s.listen()
         with pytest.raises(ValueError, match=f'Port {port} cannot be used'): lab(port=port)
+    with pytest.raises(FileNotFoundError, match='There is no file rows.jsonl'): lab(port=port, data='rows.jsonl')
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name=='voila' else real(name, *args))
     with pytest.raises(ValueError, match='needs voila, which is not installed'): lab(port=port)

@@ -448,7 +448,7 @@ def lab_command(
     env = {**os.environ, 'JUPYTER_PATH':os.pathsep.join(filter(None, [str(_assets()), os.environ.get('JUPYTER_PATH')])), 'JUPYTER_TOKEN':token,
            'HF_HUB_DISABLE_TELEMETRY':'1', 'SDLAB_ROAD':json.dumps({k:v for k,v in settings.items() if v is not None})}
     command = [sys.executable, '-m', 'voila', str(_assets()/'road.ipynb'), '--Voila.ip=127.0.0.1', f'--port={port}', '--Voila.port_retries=0', '--no-browser', '--template=sdlab', '--Voila.auto_token=True',
-               '--Voila.log_level=WARN', '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext']
+               '--Voila.log_level=ERROR', '--VoilaConfiguration.extension_denylist=jupyterlab-jupytext']
     return command,env,f'http://127.0.0.1:{port}/?token={token}'
 
 def _free(port): # Refuse a port that somebody else has
@@ -475,6 +475,7 @@ def lab(
     "Open the five instruments on one page, without code; Ctrl-C ends it"
     import webbrowser
     if importlib.util.find_spec('voila') is None: raise ValueError("The page needs voila, which is not installed: pip install 'sdlab[lab]', or open the tutorials in JupyterLab.")
+    if data is not None and Path(data).suffix in ('.json','.jsonl','.csv','.parquet') and not Path(data).is_file(): raise FileNotFoundError(f'There is no file {data}: give rows as .json, .jsonl, .csv or .parquet, or a hub id.')
     _free(port)
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # take the page along
     command,env,address = lab_command(port, teacher=_absolute(teacher), data=_absolute(data), out=str(Path(out).resolve()))
