@@ -284,7 +284,7 @@ class Picker(Instrument):
     def _group(self): return ('exact' if self.measure in ('exact loss','exact divergence') else 'cheap' if self.measure in MEASURES else self.measure),self.part
 
     def fill(self):
-        "Have the triangle of the measure that is shown measured, in the background; `worker.cancel()` or the button stops it"
+        "Have the triangle of the measure that is shown measured, in the background; `cancel()` or the button stops it"
         kind,part = self._group()
         self._asked.add((kind,part))
         names = [k for k in MEASURES if k.startswith('exact')==(kind=='exact') and (k,part) not in self._given]
@@ -461,7 +461,7 @@ def _paint_cut(p, ui):
     "Strip and numbers"
     ui.grid.selected = [p.n-1,p.first]
     ui.best.disabled = (s := p._shown()) is None or p.n not in s.sizes
-    ui.strip.value = strip_html(p.plan, p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
+    ui.strip.value = strip_html(p._plan(p.cut), p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
     ui.numbers.value = f'<div role="status" style="line-height:1.25">{table_html(_numbers(p))}</div>'+(f'<small>({_ZEROS})</small>' if p.part!='block' else '')
 
 def _numbers(p):
