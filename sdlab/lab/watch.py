@@ -530,7 +530,7 @@ class Watch(_Training, Instrument):
     def text(self):
         "The table of arms, and their newest answers"
         f = self.frame()
-        lines = [f'Watch: {len(f)} arm{"s"*(len(f)>1)} on {self.about["rows"]} rows; {_sentence_of(self)}', _table_text(f)]
+        lines = [f'Watch: {len(f)} arm{"s"*(len(f)>1)} on {self.about["rows"]} rows; {_sentence_of(self)}', _table_text(f, self.about['tasks'])]
         for q in [_words(o) for o in self.about['prompts']][self.prompt:self.prompt+1]:
             said = _said(self.samples, q, self.look)
             lines += ['', f'asked: {q}', *(f'  {_who(a, s)}: {o}' for a,s,o in said)]
@@ -578,15 +578,16 @@ def _sentence_of(w):
     parts = [f"{r['arm']}: step {r['step']}"+(f" of {r['steps']:.0f}" if r['steps']==r['steps'] and r['steps'] else ''), f"{r['tokens_per_s']:,.0f} tokens/s" if r.get('tokens_per_s', 0)>0 else '', f'{_time(left)} left' if left is not None else '']
     return ', '.join(filter(None, parts))
 
-def _rounded(f):
-    "A table for people: without empty columns, rates and times in words"
+def _rounded(f, tasks):
+    "A table for people: without empty columns, shares in percent, rates and times in words"
     f = f.loc[:, f.notna().any()].copy()
+    for k in [k for k,o in tasks.items() if k in f and o['metric']!='perplexity']: f[k] = [f'{100*v:.1f} %' if v==v else '' for v in f[k]]
     if 'tokens_per_s' in f: f['tokens_per_s'] = [f'{v:,.0f}' if v==v else '' for v in f.tokens_per_s]
     if 'seconds_left' in f: f['seconds_left'] = [_time(v) if v==v else '' for v in f.seconds_left]
     if 'steps' in f: f['steps'] = [f'{v:.0f}' if v==v else '' for v in f.steps.astype(float)]
     return f.rename(columns=dict(tokens_per_s='tokens/s', seconds_left='left', valid_loss='held-out loss', cka='CKA'))
 
-def _table_text(f): return _rounded(f).to_string(index=False, na_rep='', float_format=lambda v: f'{v:.3f}')
+def _table_text(f, tasks): return _rounded(f, tasks).to_string(index=False, na_rep='', float_format=lambda v: f'{v:.3f}')
 
 def _controls(me):
     "Buttons, charts and answers"
@@ -639,7 +640,7 @@ def _fill(me, v, f):
     v.loss.series = _loss_series(me.about, log)
     v.look.max = max(1, int(log.step.max()) if len(log) else 1)
     _placed(me, v)
-    v.table.value = table_html(_rounded(f), caption=f'{me.about["rows"]} rows')
+    v.table.value = table_html(_rounded(f, me.about['tasks']), caption=f'{me.about["rows"]} rows')
     v.start.disabled,v.stop.disabled = busy or me._given is None or set(f.state)<={'finished','stopped'},not me.running
     v.skip.disabled = v.stop.disabled
     _fill_looks(me, v, log), _fill_answers(me, v)
