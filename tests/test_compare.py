@@ -134,6 +134,13 @@ def test_a_new_question_overtakes(arms, monkeypatch):
         c.wait(60)
         assert asked==['old'] and c.answers=={} and c.doing==''
 
+def test_a_folder_is_opened_when_it_is_asked(arms):
+    from sdlab.core.pocket import pocket_assets
+    with Compare({'teacher': arms['teacher'], 'copy': str(pocket_assets())}) as c:
+        assert opened(c)==[]
+        said = c.ask(SUM)
+        assert said['copy']==said['teacher'] and opened(c)==['copy', 'teacher']
+
 def test_one_arm_fails_and_the_others_answer(arms):
     def none(): raise OSError('the disk with this model is gone')
     with Compare({**arms, 'lost': none}) as c:
@@ -142,7 +149,6 @@ def test_one_arm_fails_and_the_others_answer(arms):
         c.question = SUM+' '
         c.wait(60)
         assert 'disk with this model' in c.error and isinstance(c.failed, OSError)
-        c.pick
         assert c.doing==''
 
 def test_what_is_refused(c, arms, tasks, known, tmp_path):

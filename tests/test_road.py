@@ -246,7 +246,7 @@ def test_what_lab_refuses(port, monkeypatch, capsys):
 
 def test_a_road_that_cannot_begin_says_so(monkeypatch):
     monkeypatch.setenv('SDLAB_ROAD', json.dumps(dict(data='<img src=x>.jsonl')))
-    said = R.page().value
+    said = R.lab_page().value
     assert 'The road cannot begin' in said and '<img' not in said
 
 def test_paths_survive_the_change_of_folder(tmp_path, monkeypatch):
@@ -259,5 +259,5 @@ def test_paths_survive_the_change_of_folder(tmp_path, monkeypatch):
 def test_the_page_is_in_the_package():
     assets = R._assets()
     cells = json.loads((assets/'road.ipynb').read_text())['cells']
-    assert len(cells)==1 and 'page()' in ''.join(cells[0]['source']) and not cells[0]['outputs']
+    assert len(cells)==1 and 'lab_page()' in ''.join(cells[0]['source']) and not cells[0]['outputs']
     assert json.loads((assets/'voila'/'templates'/'sdlab'/'conf.json').read_text())['base_template']=='lab'
