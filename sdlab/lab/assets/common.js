@@ -61,16 +61,22 @@ function ticks(lo, hi, n) { // round numbers from lo to hi, about n of them
 }
 
 function named(el) { // ipywidgets gives sliders, players and rows of toggles no name for screen readers: they get the one that stands beside them
-  const top = el.closest('.jp-OutputArea-output') || el.parentElement || el, words = { play: 'Play', pause: 'Pause', stop: 'Stop', retweet: 'Repeat' }
+  const words = { play: 'Play', pause: 'Pause', stop: 'Stop', retweet: 'Repeat' }
   const label = o => o.querySelector(':scope > .widget-label')?.textContent || ''
   const put = (o, k, v) => { if (v && o.getAttribute(k) !== v) o.setAttribute(k, v) }
+  let top = null, asked = 0
   const name = () => {
     for (const o of top.querySelectorAll('.widget-slider')) o.querySelectorAll('.noUi-handle').forEach(h => put(h, 'aria-label', label(o)))
     for (const o of top.querySelectorAll('.widget-play button')) put(o, 'aria-label', words[(o.querySelector('i')?.className.match(/fa-(\w+)/) || [])[1]] || o.title)
     for (const o of top.querySelectorAll('.widget-toggle-buttons')) { put(o, 'role', 'group'); put(o, 'aria-label', label(o)); o.querySelectorAll('button').forEach(b => put(b, 'aria-pressed', String(b.classList.contains('mod-active')))) }
   }
   const later = soon(name), seen = new MutationObserver(later)
-  seen.observe(top, { childList: true, subtree: true, attributes: true, attributeFilter: ['class'] })
-  later()
-  return () => seen.disconnect()
+  const begin = () => { // it is put on the page only after it was rendered
+    if (!el.isConnected) { asked = requestAnimationFrame(begin); return }
+    top = el.closest('.jp-OutputArea-output') || document.body
+    seen.observe(top, { childList: true, subtree: true, attributes: true, attributeFilter: ['class'] })
+    later()
+  }
+  begin()
+  return () => { cancelAnimationFrame(asked); seen.disconnect() }
 }
