@@ -214,7 +214,8 @@ def get(address):
     opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
     with opener.open(address, timeout=120) as page: return page.url, page.read().decode()
 
-def test_sdlab_lab_serves_the_page(port, tmp_path):
+@pytest.mark.parametrize('end', ['SIGINT', 'SIGTERM'])
+def test_sdlab_lab_serves_the_page(port, tmp_path, end):
     "Started as a command, looked at, ended: the page asks for nothing outside, and nobody gets in without the token"
     code = f'from sdlab.lab.road import lab; lab(port={port}, no_browser=True, out={str(tmp_path)!r})'
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -229,9 +230,9 @@ def test_sdlab_lab_serves_the_page(port, tmp_path):
         listing = Path(f'/proc/{p.pid}').exists() and subprocess.run(['ps', '-ef'], capture_output=True, text=True).stdout
         assert not listing or address.split('token=')[1] not in listing
     finally:
-        p.send_signal(signal.SIGINT)
+        p.send_signal(getattr(signal, end))
         rest = p.communicate(timeout=60)[0]
-    assert 'The lab is closed' in rest
+    assert end=='SIGTERM' or 'The lab is closed' in rest
     with socket.socket() as s: assert s.connect_ex(('127.0.0.1', port))!=0
 
 def test_what_lab_refuses(port, monkeypatch, capsys):

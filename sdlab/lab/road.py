@@ -7,6 +7,7 @@ __all__ = ['STEPS', 'Step', 'Route', 'Ground', 'ground', 'Road', 'road', 'lab_pa
 
 # %% ../../nbs/lab/70_road.ipynb #c002
 import hashlib, importlib.util, json, os, secrets, signal, socket, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -465,6 +466,13 @@ def _listens(port, process, patience=60): # Wait until the page can be opened
         time.sleep(.2)
     raise OSError(f'voila did not open port {port} within {patience} s.')
 
+@contextmanager
+def _taken_along(): # A command that is ended from outside ends its page too
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    was = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try: yield
+    finally: signal.signal(signal.SIGTERM, was)
+
 def lab(
     teacher=None,     # Folder or hub id of the model to compress (default: the pocket teacher)
     data=None,        # Rows to heal it on: a .json, .jsonl, .csv or .parquet file, or a hub id (default: the pocket teacher's word problems)
@@ -477,9 +485,8 @@ def lab(
     if importlib.util.find_spec('voila') is None: raise ValueError("The page needs voila, which is not installed: pip install 'sdlab[lab]', or open the tutorials in JupyterLab.")
     if data is not None and Path(data).suffix in ('.json','.jsonl','.csv','.parquet') and not Path(data).is_file(): raise FileNotFoundError(f'There is no file {data}: give rows as .json, .jsonl, .csv or .parquet, or a hub id.')
     _free(port)
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # take the page along
     command,env,address = lab_command(port, teacher=_absolute(teacher), data=_absolute(data), out=str(Path(out).resolve()))
-    with subprocess.Popen(command, env=env) as process:
+    with _taken_along(), subprocess.Popen(command, env=env) as process:
         try:
             _listens(port, process)
             print(f'The lab is at {address}\nCtrl-C ends it.', flush=True)
