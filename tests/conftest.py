@@ -13,6 +13,15 @@ def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests that take minutes too')
     parser.addoption('--screenshots', action='store_true', help='have the browser tests write the pictures of the docs to images/')
 
+def pytest_xdist_make_scheduler(config, log):
+    "Test by test to whoever is free, but a file that sets up something dear stays with one worker, and begins first"
+    from xdist.scheduler import LoadScopeScheduling
+    class Whole(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split('::')[0]
+            return path if path.endswith(('test_browser.py', 'test_wheel.py')) else nodeid
+    return Whole(config, log)
+
 def pytest_collection_modifyitems(config, items):
     for o in items:
         if 'slow' in o.keywords and not config.getoption('--slow'): o.add_marker(pytest.mark.skip(reason='slow: asked for with --slow'))

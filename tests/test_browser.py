@@ -1,11 +1,9 @@
 """What a user sees, in a real browser: the instruments in JupyterLab and in voila, by mouse and by keyboard, with the network refused and counted.
 
-Without Chromium, and where it cannot be installed, every test here skips and says so. Screenshots for the docs are taken only when asked for: `pytest tests/test_browser.py --screenshots`."""
+One worker takes all of it (conftest.py), so that there is one browser at a time. Without Chromium, and where it cannot be installed, every test here skips and says so. Screenshots for the docs are taken only when asked for: `pytest tests/test_browser.py --screenshots`."""
 import re, signal, subprocess, sys
 import pytest
 from browser import Chrome, House, Missing, ROOT, wait_for
-
-pytestmark = pytest.mark.xdist_group('browser')          # one worker, one browser, one after the other
 
 @pytest.fixture(scope='module')
 def chrome():
@@ -34,8 +32,11 @@ def opened(chrome, lab, house):
 @pytest.fixture
 def pictures(request):
     "Takes a screenshot for the docs, if they were asked for"
-    wanted = request.config.getoption('--screenshots')
-    return lambda screen, name, of=None: screen.picture(ROOT/'images'/f'lab_{name}.png', of) if wanted else None
+    if not request.config.getoption('--screenshots'): return lambda *args, **kwargs: None
+    def take(screen, name, of=None, ready='True'):
+        screen.until(ready, 300)
+        screen.picture(ROOT/'images'/f'lab_{name}.png', of)
+    return take
 
 def quiet(screen, house):
     assert screen.outside==[] and house.outside()==[], 'asked another machine'
@@ -92,6 +93,10 @@ def at(stage, row, col): # Point of a cell of a Grid, in pixels of the page
     cell = (b['height']-48)/rows
     return b['x']+46+cell*(col+.5), b['y']+8+cell*(rows-row-.5)
 
+def darkness(locator): # Mean brightness of what was painted in grey on a canvas: the words of the axes
+    return locator.evaluate('''c => { const d = c.getContext("2d").getImageData(0, 0, 40, c.height).data; let s = 0, n = 0
+        for (let i = 0; i < d.length; i += 4) if (d[i+3] > 200) { s += d[i]; n++ } return s/n }''')
+
 def test_heat_map_and_chart(opened):
     s = opened([GRID, CHART], 'base.ipynb')
     s.run_all()
@@ -121,17 +126,7 @@ def test_heat_map_and_chart(opened):
     assert page.locator('.sdlab-chart .sdlab-say').inner_text()=='<b>b</b>: <img src=x onerror=alert(1)>'    # text stays text
     assert not page.locator('.sdlab-chart img, .sdlab-legend b').count()
 
-def pixel(locator, x, y): # Colour of a canvas at a point
-    return locator.evaluate('(c, [x, y]) => { const k = devicePixelRatio; return [...c.getContext("2d").getImageData(x*k, y*k, 1, 1).data] }', [x, y])
-
-def darkness(locator): # Mean brightness of what was painted in grey on a canvas: the words of the axes
-    return locator.evaluate('''c => { const d = c.getContext("2d").getImageData(0, 0, 40, c.height).data; let s = 0, n = 0
-        for (let i = 0; i < d.length; i += 4) if (d[i+3] > 200) { s += d[i]; n++ } return s/n }''')
-
-def test_both_themes(opened):
-    s = opened([GRID], 'themes.ipynb')
-    s.run_all()
-    back = s.page.locator('.sdlab-grid .sdlab-back')
+    back = page.locator('.sdlab-grid .sdlab-back')
     assert darkness(back)<110                                                     # dark words on a light page
     s.command('apputils:change-theme', theme='JupyterLab Dark')
     s.page.locator('body[data-jp-theme-light="false"]').wait_for(state='attached')
@@ -224,15 +219,15 @@ def plays(s, box, me):
     s.page.mouse.move(*at(box.locator('.sdlab-grid .sdlab-stage').first, 2, 2))
     assert re.search(r'layer of .* 2, layer of .* 2: [\d.]+$', box.locator('.sdlab-grid .sdlab-say').first.inner_text())
 
-def trains_and_stops(s, box, me):
+def trains_and_stops(s, box, me, steps=3):
     "A short training, seen to move, ended by hand, in order"
     seen(box).get_by_role('button', name='Start').click()
-    watched_and_stopped(s, box, me)
+    watched_and_stopped(s, box, me, steps)
 
-def watched_and_stopped(s, box, me):
+def watched_and_stopped(s, box, me, steps=3):
     line = box.locator('.sdlab-chart .sdlab-back').first
     empty = line.evaluate('c => c.toDataURL()')
-    s.until(f'len({me}.log)>=3', 120)
+    s.until(f'len({me}.log)>={steps}', 300)
     wait_for(lambda: line.evaluate('c => c.toDataURL()')!=empty, 30, 'the loss to be drawn')
     box.get_by_role('button', name='Stop', exact=True).click()
     s.until(f'not {me}.running', 120)
@@ -258,8 +253,7 @@ def test_choose_a_cut(opened, pictures):
     box = s.page.locator('.jp-OutputArea-output', has=s.page.locator('.sdlab-tried')).first
     walks_the_triangle(s, box, 'me_')
     assert nameless(box)==[]
-    pictures(s, 'picker')
-    pictures(s, 'picker_alone', box)
+    pictures(s, 'picker', box, ready='not me_.worker.busy')
 
 PICK = """
 from sdlab.core.model import load
@@ -281,7 +275,14 @@ def test_interrupt_and_two_at_once(opened):
     assert s.kernel.ask('[other.doing, other.error]')==['', '']
     s.page.mouse.click(*at(boxes.nth(1).locator('.sdlab-grid .sdlab-stage'), 2, 3))            # it still answers
     s.until('list(other.cut)==[3, 3, "block"] and other.cut in other._known', 60)
-    s.kernel.ask(do='picker.close(); other.close()')
+    s.kernel.ask(do='first, whole = picker, teacher')                                           # the first cell again, out of order
+    s.page.evaluate('() => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }')
+    s.command('notebook:run-cell')
+    s.until('picker is not first', 60)
+    s.page.mouse.click(*at(boxes.nth(1).locator('.sdlab-grid .sdlab-stage'), 1, 4))
+    s.until('list(other.cut)==[4, 2, "block"] and other.cut in other._known', 60)               # its teacher is still the old one, and whole
+    assert s.kernel.ask('[whole.n, other.lm.n]')==[12, 12]
+    s.kernel.ask(do='picker.close(); other.close(); first.close()')
     nothing_left(s)
     wait_for(lambda: not s.page.locator('.sdlab-tried').count(), 10, 'the closed ones to leave the page')
 
@@ -324,7 +325,7 @@ compare = Compare({'teacher': teacher, 'pruned': pruned}, {k: t for k, t in pock
 compare
 """]
 
-def test_reader_watch_map_compare(opened, pictures):
+def test_reader_watch_map_compare(opened, pictures, request):
     s = opened(HANDS, 'hands.ipynb')
     s.run_all()
     outs = s.page.locator('.jp-OutputArea-output', has=s.page.locator('.jupyter-widgets'))
@@ -337,14 +338,14 @@ def test_reader_watch_map_compare(opened, pictures):
     reads_and_drops(s, reader, 'reader')
     pictures(s, 'reader', reader)
     plays(s, map_, 'map_')
-    pictures(s, 'map', map_)
+    pictures(s, 'map', map_, ready='not map_.worker.busy')
     seen(compare).get_by_role('button', name='Next', exact=True).click()
     s.until('len(compare.answers)==2', 60)
     wait_for(lambda: s.kernel.ask("compare.answers['teacher']") in compare.inner_text(), 10, 'the answer on the page')
     compare.get_by_role('button', name=re.compile('^Score all')).click()
     s.until('compare.recovery is not None', 90)
-    pictures(s, 'compare', compare)
-    trains_and_stops(s, watch, 'watch')
+    pictures(s, 'compare', compare, ready='not compare.worker.busy')
+    trains_and_stops(s, watch, 'watch', 40 if request.config.getoption('--screenshots') else 3)
     pictures(s, 'watch', watch)
     pictures(s, 'jupyterlab')
     nothing_left(s)
@@ -368,7 +369,7 @@ def test_the_road(chrome, house, pictures):
         go_on = lambda: panel.get_by_role('button', name=re.compile('^Next: ')).click()
         panel.locator('.sdlab-tried').wait_for(timeout=60_000)
         walks_the_triangle(s, panel, 'road.picker')
-        pictures(s, 'voila')
+        pictures(s, 'voila', ready='not road.picker.worker.busy')
         go('Cut'), done('cut'), go_on()
         go('Write the data'), done('write')
         reads_and_drops(s, panel, "road.made['write']")
