@@ -26,7 +26,9 @@ function render({ model, el }) {
   function layout() {
     const w = Math.max(220, Math.min(get('width'), el.clientWidth || get('width'))), h = get('height')
     const [x0, x1] = span('x', get('xlim')), [y0, y1] = span('y', get('ylim'))
-    const left = 56, right = 12, top = 8, bottom = 38
+    const right = 12, top = 8, bottom = 38, marks = ticks(y0, y1, (h - bottom - top) / 40), g = canvas.getContext('2d')
+    g.font = `11px ${ink(el).font}`
+    const left = 30 + Math.max(20, ...marks.map(t => g.measureText(fixed(t, marks[1] - marks[0] || 1)).width)) // room for the longest number
     box = { w, h, left, top, right: w - right, bottom: h - bottom, x0, x1, y0, y1,
       X: v => left + (v - x0) / (x1 - x0) * (w - left - right), Y: v => h - bottom - (v - y0) / (y1 - y0) * (h - top - bottom) }
   }
