@@ -18,7 +18,7 @@ demo: $(READY)
 
 # no news, no look for updates: nothing is asked of the network
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=nbs/tutorials --LabApp.default_url=/lab/tree/choose_a_cut.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	$(BIN)/jupyter lab --notebook-dir=nbs/tutorials --LabApp.default_url=/lab/tree/choose_a_cut.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root)
 
 docs: $(READY)
 	$(BIN)/python docs/build.py
