@@ -360,7 +360,7 @@ def test_reader_watch_map_compare(opened, pictures, request):
 # -- in voila
 
 def test_the_road(chrome, house, pictures):
-    server = house.road(n=32, judged=8)
+    server = house.road(n=24, judged=4, longest=64)
     with chrome.voila(server) as s:
         s.kernel.ask(do="import gc; road = next(o for o in gc.get_objects() if type(o).__name__=='Road'); teacher = road.ground.teacher")
         page, panel = s.page, s.page.locator('.sdlab-road > .widget-tab-contents > .jupyter-widgets:not(.lm-mod-hidden)')
