@@ -3,7 +3,7 @@ import gc, threading, time
 import pytest, torch, traitlets
 from families import L, tiny, tokenizer
 from sdlab.compress.depth import prune, without
-from sdlab.compress.quality import Trial, quality
+from sdlab.compress.quality import Trial, quality, quality_steps
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
@@ -105,7 +105,19 @@ def test_history_and_the_way_back(picker):
     with pytest.raises(ValueError, match='no cut 9 in the history'): p.back(9)
 
 
-def test_the_teacher_is_left_alone(lm):
+@pytest.fixture
+def slowly(monkeypatch):
+    "The exact map takes its time, however fast the machine is"
+    import sdlab.lab.picker as picker
+    def slow(*args, **kwargs):
+        for i,step in enumerate(quality_steps(*args, **kwargs)):
+            if i>=3: time.sleep(.4)
+            yield step
+    monkeypatch.setattr(picker, 'quality_steps', slow)
+    yield
+    monkeypatch.undo()
+
+def test_the_teacher_is_left_alone(lm, slowly, monkeypatch):
     "Two pickers on one teacher, both at long work, and the teacher asked in between; then one is cancelled, one closed in the middle"
     was, answer = state(lm), lm.reply('2+2=', 8)
     a, b = (Picker(lm, TEXTS*4, prompt='2+2=', measure='exact divergence', sample=8) for _ in range(2))
@@ -120,6 +132,7 @@ def test_the_teacher_is_left_alone(lm):
     assert not hooked(lm.model, a.lm.model, b.lm.model) and same(lm, was) and not [o for o in lm.model.modules() if o.training]
     assert torch.is_grad_enabled() and a.error==b.error==''
     a.pick(0, 2).wait(60)
+    monkeypatch.undo()
     assert a.numbers['kl'] is not None and a.fill().wait(120).scores['exact divergence', 'block'].sizes==tuple(range(1, L))
     a.close()
     until(lambda: not threads())
@@ -127,7 +140,7 @@ def test_the_teacher_is_left_alone(lm):
     assert next(lm.model.parameters()).untyped_storage().data_ptr()==next(a.lm.model.parameters()).untyped_storage().data_ptr()   # nothing was copied
 
 
-def test_an_interrupt_while_the_map_fills(lm, monkeypatch):
+def test_an_interrupt_while_the_map_fills(lm, slowly, monkeypatch):
     "Ctrl-C in a cell that waits: the map stops at once, nothing is hooked, and the instrument goes on"
     was = state(lm)
     with Picker(lm, TEXTS*4, prompt='', measure='exact loss', sample=16) as p:

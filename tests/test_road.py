@@ -218,7 +218,8 @@ def get(address):
 def test_sdlab_lab_serves_the_page(port, tmp_path, end):
     "Started as a command, looked at, ended: the page asks for nothing outside, and nobody gets in without the token"
     code = f'from sdlab.lab.road import lab; lab(port={port}, no_browser=True, out={str(tmp_path)!r})'
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))   # heard also where the tests run in the background
     try:
         address = next(m[1] for line in p.stdout if (m := re.search(r'The lab is at (\S+)', line)))
         _, page = get(address)
