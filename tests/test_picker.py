@@ -258,7 +258,9 @@ def test_controls_and_state_follow_each_other(picker):
     p.wait()
     tried = p.history
     ui.tried.selected = 0
-    assert p.cut==(tried['first'][0], tried.dropped[0], tried.part[0]) and ui.tried.selected==0 and ui.chart.selected==[0, 0]
+    assert p.cut==(tried['first'][0], tried.dropped[0], tried.part[0])
+    p.wait()
+    assert ui.tried.selected==0 and ui.chart.selected==[0, 0]
     ui.chart.selected = [0, len(tried)-1]
     assert p.cut==(tried['first'].iloc[-1], tried.dropped.iloc[-1], tried.part.iloc[-1])
     ui.prompt.value = '3+2='

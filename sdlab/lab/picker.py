@@ -102,7 +102,7 @@ class Picker(Instrument):
         self.scores,source = _scores(teacher, scores),_texts(teacher, texts)
         self.measures = list(dict.fromkeys([*MEASURES, *(k for k,_ in self.scores)]))
         self._given,self._asked,self._costs,self._known,self._said = set(self.scores),set(),{},{},{}
-        self._moving,self._telling,self._asking,self._saying,self._ui,self._lock = True,None,None,(None,''),None,threading.RLock()
+        self._moving,self._all_later,self._telling,self._asking,self._saying,self._ui,self._lock = True,False,None,None,(None,''),None,threading.RLock()
         self._few = _calibration(self.lm, _spread(source, sample), 8, max_length)
         self._all,self._trial,self.tokens = _calibration(self.lm, _spread(source, most), 4, max_length),None,tokens
         super().__init__()
@@ -247,8 +247,15 @@ class Picker(Instrument):
     def _moved(self, change=None):
         if self._moving: return
         self.failed,self.error = None,''
-        self._paint(change is None or change['name'] in ('part','measure'))
+        self._paint_numbers()                   # what the hand waits for; the rest has its turn in the worker
+        self._all_later = self._all_later or change is None or change['name'] in ('part','measure')
+        if self._ui is not None: self.worker.now(self._rest, key='paint')
         self._work()
+
+    def _rest(self):
+        "Bring up to date what need not be so at once"
+        all,self._all_later = self._all_later,False
+        self._paint(all)
 
     def _work(self):
         "Have what is not known of the state found out"
@@ -326,6 +333,9 @@ class Picker(Instrument):
         self._paint()
         return self._ui.top
 
+    def _paint_numbers(self):
+        if self._ui is None or self.closed: return
+        with self._lock: _paint_cut(self, self._ui)
     def _paint(self, all=True):
         if self._ui is None or self.closed: return
         with self._lock: _paint_cut(self, self._ui); _paint_tried(self, self._ui)
@@ -459,10 +469,10 @@ def _front(p): return pareto(p.history.params, p.history.kl)
 # %% ../../nbs/lab/65_picker.ipynb #c021
 def _paint_cut(p, ui):
     "Strip and numbers"
+    ui.numbers.value = f'<div role="status" style="line-height:1.25">{table_html(_numbers(p))}</div>'+(f'<small>({_ZEROS})</small>' if p.part!='block' else '')
+    ui.strip.value = strip_html(p._plan(p.cut), p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
     ui.grid.selected = [p.n-1,p.first]
     ui.best.disabled = (s := p._shown()) is None or p.n not in s.sizes
-    ui.strip.value = strip_html(p._plan(p.cut), p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
-    ui.numbers.value = f'<div role="status" style="line-height:1.25">{table_html(_numbers(p))}</div>'+(f'<small>({_ZEROS})</small>' if p.part!='block' else '')
 
 def _numbers(p):
     "The numbers of the cut as a small table"
