@@ -252,6 +252,15 @@ def test_a_slider_step_computes_nothing_twice(monkeypatch):
         assert len(seen)==6
         assert seen[3][0][1].step==m.step                    # what is looked at comes first
 
+def test_hand_and_worker_draw_one_at_a_time():
+    "Layers are walked through while their planes are still being laid out"
+    m = Map(two())
+    m.widget
+    for i in range(300): m.layer, m.step = i%7, m.steps[i%4]
+    m.wait(60)
+    assert m.error=='' and m.failed is None
+    m.close()
+
 def test_cancelled_planes_are_asked_for_again():
     with Map(two(), method='mds') as m:
         m.widget

@@ -157,6 +157,20 @@ def test_an_interrupt_while_the_map_fills(lm, slowly, monkeypatch):
         assert p.numbers['loss'] is not None and p.scores['exact loss', 'block'].values.isfinite().sum()==n
 
 
+def test_scores_of_some_sizes_are_completed(lm):
+    "What was handed in for one size is no reason never to measure the others"
+    some = quality(lm, batches(lm, TEXTS), sizes=3)
+    with Picker(lm, TEXTS, scores=some, prompt='', n=2, measure='exact loss', sample=4) as p:
+        p.wait(60)
+        assert p.scores['exact loss', 'block'].sizes==tuple(range(1, L)) and p.best().n==2
+
+def test_what_is_looked_at_does_not_wait_for_the_exact_map(lm, slowly):
+    with Picker(lm, TEXTS*4, prompt='', measure='exact divergence', sample=8) as p:
+        until(lambda: p.progress>.05)
+        p.measure = 'angular distance'
+        until(lambda: p._shown() is not None and p._shown().sizes==tuple(range(1, L)), 5)
+        assert not p.scores['exact divergence', 'block'].sizes==tuple(range(1, L))
+
 def test_the_newest_wins(picker):
     "A slider that is dragged: what was passed over is not measured, what it stops at is"
     p = picker

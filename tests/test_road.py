@@ -138,6 +138,14 @@ def test_cancel_in_each_step(r, monkeypatch):
     assert r.standing['compare']=='ready' and r.recovery is None and not r.made['compare'].worker.busy
     assert hooks(r.ground.teacher)==hooks(r.pruned)==0 and r.failed is None
 
+def test_cancelled_before_its_first_turn(r):
+    "A step that never had its turn is over all the same"
+    for _ in range(5):
+        r.cut(PLAN); r.cancel(); r.wait(60)
+        assert r.now=='' and r.doing==''
+    r.cut(PLAN)
+    assert done(r).route.value('cut') is not None
+
 def test_errors_are_shown_and_raised(r, monkeypatch):
     def broken(*args, **kwargs): raise OSError('No space left on device')
     with monkeypatch.context() as m:

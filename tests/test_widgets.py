@@ -28,6 +28,23 @@ def test_two_long_works_take_turns_in_order():
     w.wait(5)
     assert sorted(seen)==[(k,i) for k in 'ab' for i in range(3)] and [i for k,i in seen if k=='a']==[0,1,2]
 
+def test_what_was_asked_for_last_comes_first():
+    "The long map waits while something shorter is looked at"
+    w,seen,gate = Worker(),[],threading.Event()
+    w.now(lambda: gate.wait(10))
+    w.long((i for i in (1,2,3)), step=seen.append, key='old')
+    w.long((k for k in 'ab'), step=seen.append, key='new')
+    gate.set(); w.wait(5)
+    assert seen==['a','b',1,2,3]
+
+def test_a_worker_outlives_who_cannot_be_told():
+    def broken(e): raise RuntimeError('cannot be told')
+    w,done = Worker(broken),[]
+    w.now(lambda: 1/0)
+    with pytest.raises(RuntimeError, match='cannot be told'): w.wait(5)
+    w.now(lambda: done.append(1)); w.wait(5)
+    assert done==[1]
+
 def test_a_new_long_work_takes_the_place_of_the_one_with_its_key():
     w,closed,done = Worker(),[],[]
     def steps(k):
@@ -155,6 +172,14 @@ def test_interrupting_an_idle_kernel_cancels_it_too(kernel):
     time.sleep(.3)
     assert ask(c, STATE).strip()=="False ['unhooked']"
     assert ask(c, 'print(1+1)').strip()=='2'
+
+def test_many_workers_share_one_handler(kernel):
+    m,c = kernel
+    assert ask(c, 'from sdlab.lab.widgets import Worker\nfor i in range(2000): Worker()\nprint("made")').strip()=='made'
+    assert ask(c, KERNEL+'print(w.busy)').strip()=='True'
+    m.interrupt_kernel()
+    time.sleep(.3)
+    assert ask(c, STATE).strip()=="False ['unhooked']"
 
 def test_interrupting_a_wait_cancels_what_it_waits_for(kernel):
     m,c = kernel

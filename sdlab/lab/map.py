@@ -6,6 +6,7 @@
 __all__ = ['MODES', 'Map']
 
 # %% ../../nbs/lab/68_map.ipynb #c002
+import threading
 from pathlib import Path
 import torch
 import traitlets as t
@@ -77,7 +78,7 @@ class _State(Instrument):
     chosen = t.Int(-1)        # Number of a text whose way is drawn, or -1
 
     def _begin(self, students, anchor, kinds):
-        self._students,self._anchor,self._seen = students,anchor,{}
+        self._students,self._anchor,self._seen,self._lock = students,anchor,{},threading.RLock()
         self.students,self.steps = list(students),sorted({s for v in students.values() for s in v})
         self.n,self.depth = anchor.cka.n,max(anchor.cka.teacher_layers)
         self.kinds = ['']*self.n if kinds is None else list(map(str, kinds))
@@ -360,6 +361,10 @@ class Map(_Pictures):
     def _ready(self, name, step=None): return self._seen.get((name,self.look(name, step).step,self.layer,self.method))
 
     def _show_plane(self):
+        "Called by the hand and by the worker, one at a time"
+        with self._lock: self._draw_plane()
+
+    def _draw_plane(self):
         planes = {k:self._ready(k) for k in self.shown}
         there = {k:p for k,p in planes.items() if p is not None and not isinstance(p, str)}
         self._said[2].value = '<br>'.join(esc(f'{k}: {self._where(k)}') for k,p in planes.items() if p is not None)
@@ -377,7 +382,7 @@ class Map(_Pictures):
                 color = self._color(name) if len(groups)==1 or len(there)>1 else _KINDS[i%len(_KINDS)]
                 series.append(self._dots(p, 1, idx, name+(f', {kind}' if kind else ''), color, 4))
         if there and self.chosen>=0: series.append(self._way(next(iter(there))))
-        r = 1.08*max((p.xy.abs().max().item() for k,p in self._seen.items() if k[2:]==(self.layer,self.method) and not isinstance(p, str)), default=1)
+        r = 1.08*max((p.xy.abs().max().item() for k,p in list(self._seen.items()) if k[2:]==(self.layer,self.method) and not isinstance(p, str)), default=1)
         with self._plane.hold_sync():
             self._plane.series,self._plane.xlim,self._plane.ylim = series,[-r,r],[-r,r]
             self._plane.xlabel,self._plane.ylabel = f'{self.method.upper()} 1',f'{self.method.upper()} 2'

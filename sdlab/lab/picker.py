@@ -32,8 +32,9 @@ def _spread(source, k):
 
 def _calibration(lm, source, size, max_length):
     "Batches of texts that are about equally long"
-    rs = sorted(encoded(lm, source, max_length, end=False), key=lambda r: len(r['input_ids']))
-    return [collate(lm.tokenizer, rs[i:i+size]) for i in range(0, len(rs), size)]
+    rs = encoded(lm, source, max_length, end=False)
+    order = sorted(range(len(rs)), key=lambda i: len(rs[i]['input_ids']))
+    return [{**collate(lm.tokenizer, [rs[i] for i in at]), 'row':torch.tensor(at)} for at in (order[i:i+size] for i in range(0, len(rs), size))]
 
 def _pocket(tok):
     "Does this tokenizer know the words of the pocket world, one for one?"
@@ -101,7 +102,7 @@ class Picker(Instrument):
         self.lm,self.L,self.names = without(teacher, Plan(teacher.n)),teacher.n,[str(i) for i in teacher.kept]
         self.scores,source = _scores(teacher, scores),_texts(teacher, texts)
         self.measures = list(dict.fromkeys([*MEASURES, *(k for k,_ in self.scores)]))
-        self._given,self._asked,self._costs,self._known,self._said = set(self.scores),set(),{},{},{}
+        self._given,self._asked,self._costs,self._known,self._said = {k for k,s in self.scores.items() if len(s.sizes)==s.L-1},set(),{},{},{} # what was handed in for a few sizes is measured in full
         self._moving,self._all_later,self._telling,self._asking,self._saying,self._ui,self._lock = True,False,None,None,(None,''),None,threading.RLock()
         self._few = _calibration(self.lm, _spread(source, sample), 8, max_length)
         self._all,self._trial,self.tokens = _calibration(self.lm, _spread(source, most), 4, max_length),None,tokens
@@ -317,6 +318,7 @@ class Picker(Instrument):
     def close(self):
         self._telling = None
         super().close()
+        self._trial = None # it holds streams
 
     # pictures
     def text(self):
@@ -470,7 +472,7 @@ def _front(p): return pareto(p.history.params, p.history.kl)
 def _paint_cut(p, ui):
     "Strip and numbers"
     ui.numbers.value = f'<div role="status" style="line-height:1.25">{table_html(_numbers(p))}</div>'+(f'<small>({_ZEROS})</small>' if p.part!='block' else '')
-    ui.strip.value = strip_html(p._plan(p.cut), p.names)+f'<div>{esc(_what(p, p.cut))}</div>'
+    ui.strip.value = strip_html(p._plan(p.cut), p.lm.kept, p.lm.silent)+f'<div>{esc(_what(p, p.cut))}</div>'
     ui.grid.selected = [p.n-1,p.first]
     ui.best.disabled = (s := p._shown()) is None or p.n not in s.sizes
 

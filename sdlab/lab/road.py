@@ -279,7 +279,7 @@ class Road(Instrument):
         self._open()
         self._idle()
         self.now = 'begin'
-        self.worker.long(_minded(self, _beginning(self, teacher, data)))
+        _set_off(self, _beginning(self, teacher, data))
         return self
     def _run(self, name, gen):
         self._open()
@@ -288,7 +288,7 @@ class Road(Instrument):
         if not self.route.can(name): raise ValueError(self.route.why(name))
         self.now = name
         self._stand()
-        self.worker.long(_minded(self, gen))
+        _set_off(self, gen)
         return self
     def cut(self,
         plan=None, # `Plan` (default: what the picker shows)
@@ -337,8 +337,15 @@ class Road(Instrument):
         "The page: a tab per step"
         return _page(self)
 
+def _set_off(r, gen): # Begin before it waits for its turn: of a generator that never began, Python does not run the `finally`
+    gen = _minded(r, gen)
+    next(gen)
+    r.worker.long(gen)
+
 def _minded(r, gen): # A step that says when it is over, however that comes
-    try: yield from gen
+    try:
+        yield
+        yield from gen
     finally:
         gen.close()
         r.now,r.doing = '',''

@@ -6,7 +6,8 @@
 __all__ = ['esc', 'table_html', 'strip_html', 'picture', 'palette', 'Worker', 'Instrument', 'Grid', 'Chart']
 
 # %% ../../nbs/lab/64_widgets.ipynb #c002
-import html,io,signal,sys,threading,weakref
+import html,io,sys,threading,weakref
+from functools import partial
 from importlib import resources
 import anywidget
 import traitlets as t
@@ -32,21 +33,24 @@ def table_html(
     return f'<table>{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../../nbs/lab/64_widgets.ipynb #c008
-def _cell(i, state):
+_SQUARES = {'there':'var(--jp-ui-font-color1, #222)', 'dropped':'repeating-linear-gradient(135deg, #999 0 2px, transparent 2px 5px)', 'without attention and MLP':'transparent',
+            'without attention':'linear-gradient(to top, transparent 50%, var(--jp-ui-font-color1, #222) 50%)', 'without MLP':'linear-gradient(to bottom, transparent 50%, var(--jp-ui-font-color1, #222) 50%)'}
+
+def _square(i, state):
     "One block of the strip"
-    fill = dict(full='var(--jp-ui-font-color1, #222)', gone='repeating-linear-gradient(135deg, #999 0 2px, transparent 2px 5px)',
-                attention='linear-gradient(to top, transparent 50%, var(--jp-ui-font-color1, #222) 50%)', mlp='linear-gradient(to bottom, transparent 50%, var(--jp-ui-font-color1, #222) 50%)')[state]
-    return f'<span title="block {i}: {dict(full="there", gone="dropped", attention="without attention", mlp="without MLP")[state]}" style="display:inline-block;min-width:9px;flex:1 1 18px;max-width:26px;height:24px;margin:1px;border:1px solid var(--jp-border-color1, #999);background:{fill}"></span>'
+    return f'<span title="block {i}: {state}" style="display:inline-block;min-width:9px;flex:1 1 18px;max-width:26px;height:24px;margin:1px;border:1px solid var(--jp-border-color1, #999);background:{_SQUARES[state]}"></span>'
 
 def strip_html(
     plan,      # A `Plan`
     kept=None, # The blocks of its model in the teacher's numbers (default: 0..n-1)
+    silent=None, # {'attention':, 'mlp':} -> numbers (as in `kept`) of blocks that an earlier cut left without it, such as `LM.silent`
 )->str:        # HTML with a label for screen readers
     "The blocks as a row of squares"
-    names = range(plan.n) if kept is None else kept
-    parts = {**{i:'attention' for i in getattr(plan, 'attn', ())}, **{i:'mlp' for i in getattr(plan, 'mlp', ())}, **{i:'gone' for i in plan.drop}}
-    cells = ''.join(_cell(o, parts.get(i, 'full')) for i,o in enumerate(names))
-    return f'<div role="img" aria-label="{html.escape(str(plan), quote=True)}" style="display:flex;max-width:34em">{cells}</div>'
+    names,was = list(range(plan.n) if kept is None else kept),silent or {}
+    lost = {k:{names[i] for i in own}|set(was.get(k, ())) for k,own in (('attention',plan.attn), ('mlp',plan.mlp))}
+    def state(i, o): return 'dropped' if i in plan.drop else 'without '+' and '.join(w for k,w in (('attention','attention'), ('mlp','MLP')) if o in lost[k]) if o in lost['attention']|lost['mlp'] else 'there'
+    squares = ''.join(_square(o, state(i, o)) for i,o in enumerate(names))
+    return f'<div role="img" aria-label="{html.escape(str(plan), quote=True)}" style="display:flex;max-width:34em">{squares}</div>'
 
 # %% ../../nbs/lab/64_widgets.ipynb #c012
 def picture(
@@ -69,28 +73,31 @@ def palette(
     return [mpl.colors.to_hex(c) for c in mpl.colormaps[cmap](range(0, 256, 256//n))][:n]
 
 # %% ../../nbs/lab/64_widgets.ipynb #c016
+class _Interrupts:
+    "The workers of one kernel, whose long work is cancelled when it is interrupted, within a cell or between two"
+    def __init__(self, ip):
+        self.workers,self.kernel,self.was = weakref.WeakSet(),getattr(ip, 'kernel', None),None
+        ip.events.register('post_run_cell', self.after)
+    def after(self, result):
+        if isinstance(getattr(result, 'error_in_exec', None), KeyboardInterrupt): self.tell()
+    def tell(self):
+        for o in list(self.workers): o.cancel()
+    def heard(self, *args):
+        self.tell()
+        if callable(self.was): self.was(*args)
+    def listen(self):
+        "Between two cells the kernel has the handler that it found before the last one"
+        if self.was is not None or not hasattr(self.kernel, 'saved_sigint_handler') or threading.current_thread() is not threading.main_thread(): return
+        self.was,self.kernel.saved_sigint_handler = self.kernel.saved_sigint_handler,self.heard
+
 def _on_interrupt(worker):
-    "Have the long work of `worker` cancelled when the kernel is interrupted, within a cell or between two"
+    "Have the long work of `worker` cancelled when the kernel is interrupted"
     ip = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     if ip is None: return
-    me = weakref.ref(worker)
-    def after(result):
-        if isinstance(getattr(result, 'error_in_exec', None), KeyboardInterrupt) and me(): me().cancel()
-    ip.events.register('post_run_cell', after)
-    weakref.finalize(worker, _forget, ip, after)
-    if (kernel := getattr(ip, 'kernel', None)) is not None: _listen(kernel, me)
-
-def _forget(ip, f):
-    if f in ip.events.callbacks['post_run_cell']: ip.events.unregister('post_run_cell', f)
-
-def _listen(kernel, me):
-    "Between two cells the kernel has this handler of interrupts"
-    was = getattr(kernel, 'saved_sigint_handler', None)
-    if was is None or threading.current_thread() is not threading.main_thread(): return
-    def heard(*args):
-        if me(): me().cancel()
-        if callable(was): was(*args)
-    kernel.saved_sigint_handler = heard if me() else was
+    all = vars(ip).setdefault('_sdlab_interrupts', None) or _Interrupts(ip)
+    ip._sdlab_interrupts = all
+    all.workers.add(worker)
+    all.listen()
 
 # %% ../../nbs/lab/64_widgets.ipynb #c017
 class _Long:
@@ -172,7 +179,7 @@ class Worker:
         "The next piece of work, or None where there is none, which ends the thread"
         with self._cond:
             if self._soon: return self._soon.pop(next(iter(self._soon)))
-            if self._longs: return lambda key=next(iter(self._longs)): self._one(key)
+            if self._longs: return partial(self._one, next((o for o in self._longs.values() if o.ended), None) or self._longs[next(reversed(self._longs))])
             self._thread = None
             self._cond.notify_all()
 
@@ -182,12 +189,14 @@ class Worker:
             except BaseException as e: self._report(e)
 
     def _report(self, e):
-        if self._failed: self._failed(e)
-        else: self._error = e
+        try:
+            if self._failed: self._failed(e)
+            else: self._error = e
+        except Exception as worse: self._error = worse # who is told may fail, too; the worker lives
 
-    def _one(self, key):
-        "One step of the long work `key`"
-        o,more = self._longs[key],False
+    def _one(self, o):
+        "One step of long work"
+        more = False
         try:
             if not o.ended:
                 for o.last in o.gen: more = True; break

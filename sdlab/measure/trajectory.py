@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'Frame', 'Camera', 'keep_frame', 'read_frames', 'procruste
 # %% ../../nbs/measure/14_trajectory.ipynb #c002
 import hashlib,json,os
 from dataclasses import dataclass,fields
+from html import escape
 from pathlib import Path
 import torch
 from ..core.data import rows,_words
@@ -48,7 +49,7 @@ class Frame:
         return self.cka.plot(ax=ax, **({'title':literal(_said(self))}|kwargs))
 
     def __repr__(self): return f'{_said(self)}: {self.cka!r}, {"no points" if self.points is None else f"points of width {self.points.shape[-1]}"}'
-    def _repr_markdown_(self): return f'**{_said(self)}**\n\n{self.cka._repr_markdown_()}'
+    def _repr_markdown_(self): return f'**{escape(_said(self))}**\n\n{self.cka._repr_markdown_()}'
 
 def _said(f): return f'{f.name or f.cka.student}, '+('the teacher' if f.anchor else f'step {f.step}')
 
