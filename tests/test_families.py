@@ -351,6 +351,23 @@ def test_two_cuts_are_one(name):
     assert twice.provenance['teacher_fingerprint']==lm.fingerprint and twice.name==f'{name} without 1, 3–4'
 
 
+def test_an_empty_plan_is_no_cut(tmp_path):
+    "A view or a copy without any cut keeps name and history: a second handle is not a step"
+    lm = LM(tiny('Llama'), tokenizer(), name='my tuned')
+    for make in (without, prune):
+        same = make(lm, Plan(L))
+        assert (same.name, same.provenance, same.fingerprint, same.kept)==(lm.name, lm.provenance, lm.fingerprint, lm.kept) and same.model is not lm.model
+        assert torch.equal(logits(same), logits(lm)) and not hasattr(same.config, 'sdlab')
+    assert not pointers(prune(lm, Plan(L))) & pointers(lm)
+    cut = LM(prune(lm, Plan(L, (1,), attn=(3,))).model, tokenizer(), name='my cut')
+    for make in (without, prune):
+        again = make(cut, Plan(L-1))
+        assert (again.name, again.provenance, again.silent, again.kept)==('my cut', cut.provenance, cut.silent, cut.kept)
+    assert [s['plan']['drop']['block'] for s in prune(again, Plan(L-1, (0,))).provenance['steps']]==[[1], [0]]
+    prune(lm, Plan(L)).save(tmp_path/'same')
+    assert load(tmp_path/'same').n==L
+
+
 # Rules on the index of a block, which no list in the config shows -----------------------------------------------------
 RULES = {
     'every second block a mixture': (('qwen3_moe', dict(HEAD, decoder_sparse_step=2, **MLP_ONLY)), (2, 3), {(0,): 'block 1 ', (1, 4): 'block 2 '}),

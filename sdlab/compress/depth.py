@@ -92,8 +92,9 @@ def without(
 )->LM:    # A view: it shares every tensor with `lm`
     "`lm` as it would be without the blocks, attentions and MLPs of `plan`, at no cost in memory"
     _fits(lm, plan)
-    model,prov = silenced(lm, plan.attn, plan.mlp),_provenance(lm, plan)
-    blocks = model.get_submodule(lm.path)
+    model = silenced(lm, plan.attn, plan.mlp)
+    if not plan.drop+plan.attn+plan.mlp: return lm._with(model) # nothing goes: it is what it was, in name and provenance, too
+    prov,blocks = _provenance(lm, plan), model.get_submodule(lm.path)
     for i in reversed(plan.drop): del blocks[i]
     for j,i in enumerate(plan.keep): _renumber(blocks[j], i, j)
     _cut_config(model.config.get_text_config(), plan.n, plan.keep)
