@@ -336,6 +336,38 @@ def test_off_the_main_thread(lm, data, healed):
     assert not isinstance(got[0], BaseException), got
     assert same(state(got[0]), state(healed))
 
+def test_the_order_of_the_rows_is_its_own(lm, data, healed, monkeypatch):
+    "Whoever sets the seed of the process before the first batch changes nothing"
+    T = sys.modules['sdlab.recover.tune']
+    run = T._run
+    def shaken(trainer): torch.manual_seed(99); random.seed(99); return run(trainer)
+    monkeypatch.setattr(T, '_run', shaken)
+    new = tune(lm, data, epochs=2, lr=1e-3, batch_size=8, **quiet)
+    assert training_log(new).loss.equals(training_log(healed).loss) and same(state(new), state(healed))
+
+def test_a_thread_takes_nothing_back(lm, data):
+    "What a cell changed while another thread trained stays: random numbers, filters of warnings, verbosity"
+    import threading, warnings
+    import numpy as np
+    from transformers.utils import logging
+    began, go, was = threading.Event(), threading.Event(), logging.get_verbosity()
+    def held(): began.set(); go.wait(60); return True
+    dice = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    t = threading.Thread(target=lambda: tune(lm, data, batch_size=8, stop=held, **quiet))
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    before = dice()
+    try:
+        t.start()
+        assert began.wait(60)
+        drawn = torch.rand(3), random.random(), np.random.rand()
+        warnings.filterwarnings('ignore', message='set by a cell')
+        logging.set_verbosity_info()
+        go.set(), t.join(60)
+        assert all(a != b for a, b in zip(dice(), before)) and not t.is_alive()
+        assert any('set by a cell' in str(o[1]) for o in warnings.filters) and logging.get_verbosity() == logging.INFO
+        assert not any('transformers|trl|peft' in str(o[3]) for o in warnings.filters)
+    finally: go.set(); logging.set_verbosity(was)
+
 def test_half_a_checkpoint_is_none(lm, data, tmp_path):
     "What a kill leaves between two files is not taken for a checkpoint"
     how = dict(epochs=2, batch_size=8, save_steps=2, out=tmp_path/'run')

@@ -6,8 +6,8 @@
 __all__ = ['labelled', 'tune', 'training_log', 'learning_curve']
 
 # %% ../../nbs/recover/40_tune.ipynb #c002
-import copy,difflib,json,math,os,random,shutil,tempfile,time,warnings
-from contextlib import contextmanager
+import copy,difflib,json,math,os,random,shutil,tempfile,threading,time,warnings
+from contextlib import contextmanager,nullcontext
 from pathlib import Path
 import torch
 from ..core.plot import _axes,curve
@@ -150,9 +150,12 @@ def _write(path, value):
     os.replace(tmp, path)
 
 # %% ../../nbs/recover/40_tune.ipynb #c017
+def _main(): return threading.current_thread() is threading.main_thread()
+
 @contextmanager
 def _own_dice():
-    "Random numbers drawn in here are not missing outside"
+    "Random numbers drawn in here are not missing outside; only on the main thread, as elsewhere this would rewind what others drew meanwhile"
+    if not _main(): yield; return
     import numpy as np
     was = random.getstate(),np.random.get_state()
     try:
@@ -290,7 +293,7 @@ def _config(student, place, n, epochs, lr, batch_size, seed, lasting, sft):
     from trl import SFTConfig
     cpu,big = student.device.type=='cpu',student.n_params>1e9
     steps = sft.get('max_steps') if sft.get('max_steps', -1)>0 else math.ceil(math.ceil(n/(batch_size*sft.get('gradient_accumulation_steps', 1)))*epochs)
-    ours = dict(lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
+    ours = dict(data_seed=seed, lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
                 report_to='none', activation_checkpointing=sft.get('gradient_checkpointing', big), bf16=not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=not cpu)
     fixed = dict(output_dir=str(place), num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, seed=seed, disable_tqdm=True, use_cpu=cpu, logging_nan_inf_filter=False)
     return SFTConfig(**(dict(max_length=None)|ours|{k:v for k,v in sft.items() if k!='gradient_checkpointing'}|fixed)),steps
@@ -383,16 +386,25 @@ def _last_look(trainer):
 
 # %% ../../nbs/recover/40_tune.ipynb #c033
 @contextmanager
+def _unwarned():
+    "Without warnings of the libraries about their future; off the main thread, filters that others set meanwhile are left"
+    with warnings.catch_warnings() if _main() else nullcontext():
+        warnings.filterwarnings('ignore', category=FutureWarning, module='transformers|trl|peft')
+        mine = warnings.filters[0]
+        try: yield
+        finally:
+            if mine in warnings.filters: warnings.filters.remove(mine)
+
+@contextmanager
 def _calm():
-    "Gradients on, libraries silent, random numbers given back"
+    "Gradients on, libraries silent; random numbers and warnings filters given back on the main thread, a verbosity that nobody else changed on any"
     from transformers.utils import logging
     was = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(), _silent(), _own_dice(), torch.inference_mode(False), torch.enable_grad():
-            warnings.filterwarnings('ignore', category=FutureWarning, module='transformers|trl|peft')
-            yield
-    finally: logging.set_verbosity(was)
+        with _unwarned(), _silent(), _own_dice(), torch.inference_mode(False), torch.enable_grad(): yield
+    finally:
+        if logging.get_verbosity()==logging.ERROR: logging.set_verbosity(was)
 
 @contextmanager
 def _place(out, run, resume):
@@ -426,7 +438,7 @@ def tune(
     higher=False,       # Is more of it better?
     **sft               # Any field of TRL's `SFTConfig`, `max_length` and `gradient_checkpointing` included
 )->LM:                  # A new model; `config.sdlab` says how it was made
-    "Supervised fine-tuning of `student` on what `on` says in every row: SFT, or self-data distillation (2410.09982)"
+    "Supervised fine-tuning of `student` on what `on` says in every row: SFT, or self-data distillation (2410.09982). Random state, warnings filters and verbosity belong to the whole process: on the main thread they are as before afterwards; in another one the random generators stay where the run left them, and dropout and new adapters depend on who draws meanwhile (the order of the rows does not)"
     _checked(sft)
     config,longest = _spared(_lora(lora), student),sft.pop('max_length', None)
     told = rows(data)
