@@ -9,8 +9,9 @@ from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 from sdlab.measure.cka import cka, centred_gram, hsic, kernels, linear_cka
 from sdlab.measure.cost import by_depth, cost
-from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, importance, layer_products, pair_angles, pair_updates, random_spans
+from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, importance, importance_steps, layer_products, pair_angles, pair_updates, random_spans
 from sdlab.measure.stream import Divergence, Likelihood, Meter, Seen, Tally, scan, watching
+from sdlab.measure.text import likelihood, likelihood_steps
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?', 'a b', 'zebra']
 
@@ -146,6 +147,31 @@ def test_bad_numbers_are_named(lm):
     sick = LM(copy.deepcopy(lm.model), lm.tokenizer)
     sick.blocks[4].mlp.down_proj.weight[3] = float('nan')
     with pytest.raises(ValueError, match='Block 4 gives NaN .* text 0'): importance(sick, batches(sick, TEXTS))
+
+
+def test_bad_numbers_are_named_as_the_rows_are(lm):
+    "Whatever order and whatever batches the rows are read in"
+    sick = LM(copy.deepcopy(lm.model), lm.tokenizer)
+    sick.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids('z')] = float('inf')
+    texts = ['A short one', 'One that is a good deal longer', 'A z', 'Between the two in length']
+    for measure in (lambda: likelihood(sick, texts, batch_size=2), lambda: list(likelihood_steps(sick, texts, batch_size=2)), lambda: list(importance_steps(sick, batches(sick, texts, size=1)))):
+        with pytest.raises(ValueError, match='activations for text 2'): measure()
+    b = batches(sick, texts, size=1)[2]|dict(row=torch.tensor([7]))
+    with pytest.raises(ValueError, match='for text 7'): list(importance_steps(sick, [b]))
+    with pytest.raises(TypeError, match='make batches with'): list(importance_steps(lm, texts))
+
+
+@pytest.mark.parametrize('part', ('block', 'attention'))
+def test_importance_without_doubles_on_the_device(lm, part, monkeypatch):
+    "Apple's MPS has no float64: nothing is made double but by `as_double`, which goes to the CPU there"
+    bs = batches(lm, TEXTS, size=3)
+    want = importance(lm, bs, part=part)
+    def refused(self): raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+    monkeypatch.setattr(torch.Tensor, 'double', refused)
+    for room in ('importance', 'stream'): monkeypatch.setattr(f'sdlab.measure.{room}.as_double', lambda x: x.cpu().to(torch.float64))
+    got = importance(lm, bs, part=part)
+    monkeypatch.undo()
+    for k in want: assert torch.equal(got[k].values.nan_to_num(), want[k].values.nan_to_num())
 
 
 def test_bad_batches_are_refused(lm, tok):

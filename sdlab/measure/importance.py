@@ -17,7 +17,7 @@ from ..core.plan import PARTS,Plan,_part
 from ..core.model import _first
 from ..core.parts import silenced
 from ..core.plot import bars,heat
-from .stream import Meter,Seen,Tally,last_token,scan,as_double
+from .stream import Meter,Seen,Tally,last_token,scan,as_double,_ready
 
 # %% ../../nbs/measure/11_importance.ipynb #c005
 def angular_distance(
@@ -90,13 +90,21 @@ def cosine_gap(
     "How far the cosine of `x` and `y` is from 1"
     return (F.normalize(x.float(), dim=-1)-F.normalize(y.float(), dim=-1)).square().sum(-1)/2
 
+def _token_mean(
+    v,    # A value per token, shape (B, T)
+    mask, # Attention mask, same shape
+):        # Shape (B,), float64, on the CPU
+    "The mean of each text over its real tokens"
+    v = as_double(v)
+    mask = mask.to(v.device)
+    return (v.masked_fill(mask==0, 0).sum(-1)/mask.sum(-1)).cpu()
+
 class Steps(Meter):
     "Mean over texts of `cosine_gap` between what enters and what leaves each block, at all tokens, shape (L,)"
     def start(self, lm, batch): self._was,self._gaps = None,[]
     def see(self, l, h, batch):
-        if l: self._gaps.append(self._mean(cosine_gap(self._was.to(h.device), h), batch['attention_mask'].to(h.device)))
+        if l: self._gaps.append(_token_mean(cosine_gap(self._was.to(h.device), h), batch['attention_mask']))
         self._was = h
-    def _mean(self, v, mask): return (v.masked_fill(mask==0, 0).double().sum(-1)/mask.sum(-1)).cpu()
     def end(self, batch, logits=None):
         self._was = None
         self.tally += Tally.of(torch.stack(self._gaps, -1))
@@ -121,10 +129,9 @@ class Halves(Meter):
         quiet, # What it gives without the half
     ):
         "One block has been run with and without the half"
-        mask = self._mask.to(out.device)
         h,out,quiet = (o.to(out.device) for o in (h,out,quiet))
-        if self.tokens=='all': return self._vals.append((self.measure(h, out, quiet).double().masked_fill(mask==0, 0).sum(-1)/mask.sum(-1)).cpu())
-        at = (torch.arange(len(h)),last_token(mask))
+        if self.tokens=='all': return self._vals.append(_token_mean(self.measure(h, out, quiet), self._mask))
+        at = (torch.arange(len(h)),last_token(self._mask).to(out.device))
         self._vals.append(self.measure(*(as_double(o[at]) for o in (h,out,quiet))).cpu())
     def end(self, batch, logits=None): self.tally += Tally.of(torch.stack(self._vals, -1))
 
@@ -337,8 +344,10 @@ def importance_steps(
 ):                # Generator of (batches read, batches in all, what `importance` gives for those)
     "`importance` batch by batch, for a picture that fills up; it may be left at any point, and nothing is hooked between two steps"
     bs,meters,seen = list(batches),_meters(part),Seen()
-    twins,about = _twins(lm, part),_about(lm)
+    twins,about,row = _twins(lm, part),_about(lm),0
     for i,b in enumerate(bs, 1):
+        b = _ready(b, row, lm.vocab)
+        row += len(b['input_ids'])
         with _heard(lm, twins, meters.values()): *tallies,what = scan(lm, [b], *meters.values(), seen)
         yield i,len(bs),_named(lm, part, meters, tallies, what, about)
 

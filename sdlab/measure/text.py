@@ -7,6 +7,7 @@ __all__ = ['likelihood_steps', 'likelihood', 'rouge_l', 'aligned', 'differences'
 
 # %% ../../nbs/measure/15_text.ipynb #c002
 import difflib,re,warnings
+import torch
 from ..core.data import collate,context,encode
 from ..core.data import rows as read_rows
 from .stream import Likelihood,scan
@@ -29,7 +30,8 @@ def _encoded(lm, source, on):
 def _measured(lm, rs, whole, order, size):
     "The rows `order` of `rs` in one scan"
     import pandas as pd
-    got, = scan(lm, (collate(lm.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(order), size)), Likelihood())
+    parts = [order[a:a+size] for a in range(0, len(order), size)]
+    got, = scan(lm, ({**collate(lm.tokenizer, [rs[i] for i in part]), 'row':torch.tensor(part)} for part in parts), Likelihood())
     df = pd.DataFrame(dict(nll=got['nll'], tokens=got['tokens']), index=order)
     df['nll'] = df.nll.where(df.tokens>0)
     return df.assign(nats_per_token=df.nll/df.tokens, whole=[whole[i] for i in order])
