@@ -126,6 +126,64 @@ def test_a_trial_counts_answers_only(lm):
     assert got['n']==said['tokens'].sum()==11 and got['perplexity']==pytest.approx(said['perplexity'], rel=1e-4)
 
 
+def cut_off(lm, size):
+    "Four rows, among four whose questions alone fill the context: of those no token counts"
+    rows = [dict(prompt=t, completion=' so it is') for t in TEXTS]
+    long = [dict(prompt=t*20, completion=' never read') for t in TEXTS]
+    both = [o for p in zip(long, rows) for o in p]
+    return batches(lm, rows, size=size, max_length=60), batches(lm, both, size=size, max_length=60)
+
+
+@pytest.mark.parametrize('size', (1, 3, 8))
+def test_texts_without_an_answer_are_no_evidence(lm, size):
+    "Left out of every mean and every count; they are not right about nothing"
+    few, bs = cut_off(lm, size)
+    plan = Plan(L, (2, 3))
+    want, got = Trial(lm, few)(plan), Trial(lm, bs)(plan)
+    assert got==pytest.approx(want, rel=1e-5, abs=1e-5) and got['texts']==4
+    assert got['kl']==pytest.approx(scan(without(lm, plan), bs, Divergence(lm))[0].mean.item(), abs=1e-4)
+    *_, (_, _, walked) = quality_steps(lm, bs, sizes=(2,))
+    for s in (quality(lm, bs, sizes=(2,)), walked):
+        for k in ('loss', 'kl'): assert s[k].texts==4 and s[k].score(2, 2)==pytest.approx((want[k], want[k+'_stderr']), abs=1e-4)
+        assert s['loss'].evidence['whole']==pytest.approx(Trial(lm, few)(Plan(L))['loss'], abs=1e-4)
+
+
+def test_no_answer_at_all_is_refused(lm):
+    bs = batches(lm, [dict(prompt=t*20, completion=' never read') for t in TEXTS], max_length=60)
+    for measure in (lambda: Trial(lm, bs), lambda: quality(lm, bs, sizes=(1,)), lambda: next(quality_steps(lm, bs)), lambda: scan(lm, bs, Divergence(lm))):
+        with pytest.raises(ValueError, match='No token counts in these texts'): measure()
+
+
+def test_steps_fill_from_the_first_text_that_counts(lm):
+    bs = cut_off(lm, 1)[1]
+    n = [s['kl'].values.isfinite().sum().item() for *_, s in quality_steps(lm, bs, sizes=(1,))]
+    assert n[:2*L]==[0]*L+list(range(1, L+1)) and set(n[2*L:])=={L}
+
+
+def test_an_overflow_names_its_text(lm, monkeypatch):
+    "Also where texts before it have no answer, and in another batch"
+    def broken(tail, path, h, b, empty):
+        out = _replay(tail, path, h, b, empty)
+        return out.masked_fill(b['row'][:, None, None]==5, float('nan'))
+    monkeypatch.setattr('sdlab.compress.quality._replay', broken)
+    bs = cut_off(lm, 3)[1]
+    for measure in (lambda: quality(lm, bs, sizes=(1,)), lambda: list(quality_steps(lm, bs, sizes=(1,))), lambda: Trial(lm, bs)(Plan(L, (1,)))):
+        with pytest.raises(ValueError, match='logits for text 5'): measure()
+
+
+@torch.no_grad()
+def test_a_trial_keeps_streams_and_no_logits(lm):
+    "Layers x tokens x width, and what the batches are made of; the logits of the whole model come back from the last stream, to the bit"
+    bs = batches(lm, TEXTS, size=3)
+    trial = Trial(lm, bs)
+    trial(Plan(L, (2,)))
+    for whole, b in zip(trial._read, bs):
+        held = [t for v in vars(whole).values() for t in (v if isinstance(v, list) else v.values() if isinstance(v, dict) else [v]) if torch.is_tensor(t)]
+        B, T = b['input_ids'].shape
+        assert sum(t.numel() for t in held if t.is_floating_point())==(L+1)*B*T*lm.d and not any(t.shape[-1]==lm.vocab for t in held)
+        assert torch.equal(trial._reference(whole), whole.rows(_call(lm.model, b, lm.device).logits))
+
+
 def test_a_trial_refuses(lm):
     with pytest.raises(ValueError, match='no texts'): Trial(lm, [])
     with pytest.raises(ValueError, match='No token counts'): Trial(lm, batches(lm, ['a']))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from ..core.model import _still
 from ..core.plan import Plan,_runs,_silence
-from ..measure.stream import Meter,Seen,Tally,counted_tokens,scan,token_kl,_call,_parts,_read,_ready
+from ..measure.stream import Meter,Seen,Tally,counted_tokens,scan,token_kl,_call,_parts,_read,_ready,_some
 from ..measure.importance import Scores,by_span,_scored
 from .depth import without,_fed,_fits
 
@@ -70,11 +70,12 @@ class _Whole(Meter):
     def rows(self, logits): return logits[:,:-1][self.at.to(logits.device)]
     def sums(
         self,
-        q, # Rows of logits of a cut model, shape (tokens that count, V)
+        p, # Rows of logits of the whole model, shape (tokens that count, V)
+        q, # Those of a cut one, same shape
     ):     # Shape (B, 2), float64
         "Loss and divergence of each text, summed over its tokens"
         out = torch.zeros(*self.at.shape, 2, dtype=torch.float64)
-        out[self.at] = torch.stack([_nll(q, self.batch['input_ids'][:,1:].cpu()[self.at]), token_kl(self.p[None], q[None])[0]], -1).cpu().double()
+        out[self.at] = torch.stack([_nll(q, self.batch['input_ids'][:,1:].cpu()[self.at]), token_kl(p[None], q[None])[0]], -1).cpu().double()
         return out.sum(1)
 
 def _nll(
@@ -86,7 +87,12 @@ def _nll(
     n = max(1, chunk//q.shape[-1])
     return torch.cat([F.cross_entropy(a.float(), b, reduction='none') for a,b in zip(q.split(n), ids.to(q.device).split(n))])
 
-def _means(sums, n): return sums/n.clamp(min=1)[:,None]
+def _means(
+    sums, # Of `_Whole.sums`, shape (B, 2)
+    n,    # Tokens that count in each text, shape (B,)
+):        # Shape (texts with a token that counts, 2)
+    "Means over the tokens of a text; where none counts there is nothing to be right or wrong about, and the text is left out"
+    return (sums/n[:,None])[n>0]
 
 def _cut_rows(
     whole, # Of `_Whole`
@@ -111,18 +117,26 @@ def _sound(x, plan, batch):
 
 # %% ../../nbs/compress/21_quality.ipynb #c013
 class Trial:
-    "What any cut does to a few texts, each at the price of the blocks after its first change"
+    """What any cut does to a few texts, each at the price of the blocks after its first change, and of two heads.
+
+    Kept are the streams of the texts, layers x tokens x width, and no logits: those of the whole model are made again from its last stream."""
     def __init__(
         self,
         lm,      # The whole model, an `LM`; left as it was found, and to be left alone while the trial is in use
-        batches, # Batches of a few texts, from `batches(lm, texts)`; their streams are kept (L+1 numbers per token and unit of width), and a row of logits for every token that counts
+        batches, # Batches of a few texts, from `batches(lm, texts)`; what is kept of them is their streams, (L+1) x tokens x width numbers, on the model's device
     ):
-        self.lm,self._read = lm,[_reading(lm, b) for b in _numbered(lm, batches)]
-        self._n,self._whole = (torch.cat(o) for o in zip(*((o.n, o.sums(o.p)) for o in self._read)))
-        if not self._n.sum(): raise ValueError('No token counts in these texts: each needs an answer, or at least two tokens')
+        self.lm,self._read,self._n,self._whole = lm,[],[],[]
+        for b in _numbered(lm, batches): self._keep(_reading(lm, b))
+        self._n,self._whole = torch.cat(self._n),torch.cat(self._whole)
+        self._head = without(lm, Plan(lm.n, range(lm.n-1))).model.eval() # the last block stands in
+
+    def _keep(self, whole):
+        "The streams of one batch, and what the whole model says of it in sum"
+        self._n.append(whole.n); self._whole.append(whole.sums(whole.p, whole.p)); self._read.append(whole)
+        del whole.p
 
     @property
-    def texts(self): return len(self._n)
+    def texts(self): return int((self._n>0).sum())
     @property
     def tokens(self): return int(self._n.sum())
 
@@ -130,7 +144,7 @@ class Trial:
     def __call__(
         self,
         plan, # `Plan` for this model; parts of blocks may be silenced, too
-    )->dict:  # In nats per token, means over the texts: `loss` and `kl` (divergence), with `loss_stderr` and `kl_stderr`; over all tokens: `perplexity`, and that of the `whole` model; `n` tokens, `texts`
+    )->dict:  # In nats per token, means over the texts: `loss` and `kl` (divergence), with `loss_stderr` and `kl_stderr`; over all tokens: `perplexity`, and that of the `whole` model; `n` tokens and `texts` that count
         "What `plan` would cost; raises ValueError if the model that it leaves overflows"
         _fits(self.lm, plan)
         sums = self._sums(plan) if plan.drop+plan.attn+plan.mlp else self._whole
@@ -139,8 +153,9 @@ class Trial:
         return dict(loss=loss, kl=kl, loss_stderr=loss_e, kl_stderr=kl_e, perplexity=perplexity(sums), whole=perplexity(self._whole), n=self.tokens, texts=self.texts)
 
     def _sums(self, plan):
-        tail = _tail(self.lm, plan)
-        return torch.cat([_sound(o.sums(_cut_rows(o, tail, self.lm.path, plan)), plan, o.batch) for o in self._read])
+        tail,path = _tail(self.lm, plan),self.lm.path
+        return torch.cat([_sound(o.sums(self._reference(o), _cut_rows(o, tail, path, plan)), plan, o.batch) for o in self._read])
+    def _reference(self, whole): return whole.rows(_replay(self._head, self.lm.path, whole.hs[-1], whole.batch, True))
 
 def _numbered(lm, batches, limit=2**27):
     "`batches` with their texts numbered, in parts of at most `limit` logits"
@@ -150,6 +165,7 @@ def _numbered(lm, batches, limit=2**27):
         n += len(b['input_ids'])
         out += _parts(b|dict(vocab=lm.vocab), limit)
     if not out: raise ValueError('There are no texts to measure on: the list of batches is empty')
+    _some(any(counted_tokens(b).any() for b in out))
     return out
 
 def _reading(lm, batch, *meters):
@@ -180,10 +196,14 @@ class Replay(Meter):
         self._whole = None
         self.tally += Tally.of(values)
 
+    def result(self):
+        _some(self.tally.n)
+        return self.tally
+
     def _filling(self, whole):
-        "Loss and divergence of each text of a batch, shape (B, 2, L+1, L+1), one span more at each turn; NaN where nothing is known"
-        out = torch.full((len(whole.n), 2, self._lm.n+1, self._lm.n+1), float('nan'), dtype=torch.float64)
-        out[:,:,0,0] = _means(whole.sums(whole.p), whole.n)
+        "Loss and divergence of each text of a batch in which a token counts, shape (texts, 2, L+1, L+1), one span more at each turn; NaN where nothing is known"
+        out = torch.full((int((whole.n>0).sum()), 2, self._lm.n+1, self._lm.n+1), float('nan'), dtype=torch.float64)
+        out[:,:,0,0] = _means(whole.sums(whole.p, whole.p), whole.n)
         for plan in self._plans:
             out[:,:,_first(plan),_last(plan)+1] = self._without(plan, whole)
             yield out
@@ -191,7 +211,7 @@ class Replay(Meter):
     @torch.no_grad()
     def _without(self, plan, whole):
         q = _cut_rows(whole, self._tail(plan), self._lm.path, plan)
-        return _sound(_means(whole.sums(q), whole.n), plan, whole.batch)
+        return _means(_sound(whole.sums(whole.p, q), plan, whole.batch), whole.n)
 
     def _tail(self, plan):
         "A view for each end of a span; where only a part goes, every span needs one of its own, and it is not kept"
@@ -210,7 +230,7 @@ def _sizes(lm, sizes):
 # %% ../../nbs/compress/21_quality.ipynb #c019
 def quality(
     lm,             # The model, an `LM`; left as it was found
-    batches,        # Batches of texts, from `batches(lm, texts)`; with a `completion_mask` only the answers count
+    batches,        # Batches of texts, from `batches(lm, texts)`; with a `completion_mask` only the answers count, and a text whose answer was cut off does not
     sizes=None,     # Size of span to try, 1..L-1, or several (default: all of them); with many blocks, name the few that you consider
     progress=False, # Show a bar?
     part='block',   # What goes of the blocks of a span: the whole 'block', or its 'attention' or 'mlp' alone
@@ -250,6 +270,6 @@ def quality_steps(
         whole = _reading(lm, batch, seen)
         blank = _blank(lm, seen.result(), part)
         for k,values in enumerate(meter._filling(whole), 1):
-            if not i or k==len(meter._plans): now = _two(blank, meter.tally+Tally.of(values))
+            if not meter.tally.n or k==len(meter._plans): now = _two(blank, meter.tally+Tally.of(values))
             yield i*len(meter._plans)+k, total, now
         meter.tally += Tally.of(values)

@@ -306,13 +306,20 @@ def token_kl(
 def _text_mean(
     x,     # A value per prediction, shape (B, T-1)
     batch, # The batch
-):         # Shape (B,), float64
-    "The mean of each text over the predictions that count"
+):         # Shape (texts with a prediction that counts,), float64
+    "The mean of each text over the predictions that count; a text without any has none"
     m = counted_tokens(batch).cpu()
-    return as_double(x).cpu().masked_fill(~m, 0).sum(-1)/m.sum(-1).clamp(min=1)
+    n = m.sum(-1)
+    return (as_double(x).cpu().masked_fill(~m, 0).sum(-1)/n)[n>0]
+
+def _some(
+    n, # How many texts, or tokens, count
+):
+    "Raise if there is nothing to take a mean of"
+    if not n: raise ValueError('No token counts in these texts: each needs an answer that is not cut off, or at least two tokens')
 
 class Divergence(Meter):
-    "Mean over tokens of KL(reference || model), per text"
+    "Mean over tokens of KL(reference || model), per text; texts in which no token counts are left out"
     logits = True
     def __init__(
         self,
@@ -323,3 +330,6 @@ class Divergence(Meter):
     def end(self, batch, logits=None):
         with _still(self.reference.model): p = _forward(self.reference, batch, logits=True)
         self.tally += Tally.of(_text_mean(token_kl(p, logits)[:,:-1], batch))
+    def result(self):
+        _some(self.tally.n)
+        return self.tally
