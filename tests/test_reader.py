@@ -90,6 +90,22 @@ def test_edits_round_trip(data):
     again = Reader(reader.rows)                                                        # and it can be read again
     assert fingerprint(again.rows)==fingerprint(reader.rows)
 
+def test_numbers_follow_the_hand(data):
+    "Words, surprise and order are those of what is read now"
+    reader, df = Reader(data), data.to_pandas()
+    for k, v in reader._num.likelihood.items(): v[:] = np.arange(len(v))+(1000 if k=='reference' else 0)
+    mine = list(df.index[(df.source=='teacher') & (df.written.str.split().str.len()!=df.reference.str.split().str.len())][:5])
+    other = list(df.index[df.source=='reference'][:5])
+    reader.take_reference(mine).take_rewrite(other)
+    words = reader.view.completion.str.split().str.len()
+    assert list(reader.view.words)==list(words) and list(words[mine])==list(df.reference[mine].str.split().str.len())
+    assert list(reader.view.nats_per_token[mine])==[1000+i for i in mine] and list(reader.view.nats_per_token[other])==other
+    assert all(reader._facts(i).startswith(f'{words[i]} words') for i in mine+other)
+    reader.sort = 'length'
+    assert list(reader.view.index)==list(words.sort_values(kind='stable').index)
+    reader.clear(mine, other)
+    assert list(reader.view.words.sort_index())==list(df.completion.str.split().str.len())
+
 def test_undo_takes_back_act_by_act(data):
     reader = Reader(data)
     states = [reader.marks]
@@ -279,6 +295,12 @@ def test_pictures(data):
     plt.close('all')
 
 # ten thousand rows; a limit that only something gone wrong can reach, the figures are in `make bench`
+def test_a_reason_is_no_formula():
+    "A reason that matplotlib would read as broken mathematics is drawn letter by letter"
+    import io
+    rs = [dict(prompt='a', completion='b c', reference='b', source='teacher', reason=r'$\frac{1$', written='b c', ended=True)]
+    Reader(Dataset.from_list(rs)).figure().savefig(io.BytesIO(), format='png')
+
 def test_ten_thousand_rows():
     data = made(10_000, words=60)
     with Reader(data) as reader:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import traitlets as t
 from ..core.plan import Plan
-from ..core.plot import COLORS,_axes,bars
+from ..core.plot import COLORS,_axes,bars,literal
 from ..core.data import _table,context,prompt_ids
 from ..core.data import rows as read_rows
 from ..core.model import generate
@@ -183,10 +183,12 @@ class _Numbers:
     def compare(self):
         for _ in self.likenesses(): pass
 
-    def read(self, what):
-        "A number of what the student reads in each row"
-        v = getattr(self, what)
-        return np.where(self.taught, v['rewrite'], v['reference']) if 'reference' in v else v['rewrite']
+    def read(self, what, marks):
+        "A number of what the student reads in each row, once the `marks` of a hand are applied"
+        v,taught = getattr(self, what),self.taught.copy()
+        for i,m in marks.items():
+            if m in self.texts: taught[i] = m=='rewrite'
+        return np.where(taught, v['rewrite'], v['reference']) if 'reference' in v else v['rewrite']
 
     def _ended(self, i, k): return k=='reference' or (self.rows[i]['ended'] if self.taught[i] else self.rows[i]['reason']!='cut off')
 
@@ -289,7 +291,7 @@ class _Chosen(Instrument):
         "`at` by what `sort` says, and what there is to say if that cannot be"
         if self.sort=='order': return at[::-1] if self.descending else at,''
         if not self._compared(self.sort): return at,'Not sorted yet: the texts are being compared.'
-        v = self._num.read(self.sort)
+        v = self._num.read(self.sort, self._by.marks)
         if not np.isfinite(v).any(): return at,self._missing()
         return at[np.argsort(np.where(np.isfinite(v), -v if self.descending else v, np.inf)[at], kind='stable')],''
     def _choose(self, page=1):
@@ -323,7 +325,7 @@ class _Chosen(Instrument):
     @property
     def view(self):
         "All rows that the filters let through, in the order in which they are shown, as a DataFrame indexed by row number; marks are applied, and what was not measured is NaN"
-        now,marks,read = [_edited(self._rows[i], self._by.marks.get(i, '')) for i in self._at],self._by.marks,lambda k: self._num.read(k)[self._at]
+        now,marks,read = [_edited(self._rows[i], self._by.marks.get(i, '')) for i in self._at],self._by.marks,lambda k: self._num.read(k, self._by.marks)[self._at]
         df = pd.DataFrame({c:[r[c] for r in now] for c in ('prompt','completion','reference','written','source','reason')}, index=pd.Index(self._at, name='row'))
         return df.assign(mark=[marks.get(i, '') for i in self._at], words=read('length'), likeness=read('similarity'), nats_per_token=read('likelihood'), likeness_own=read('own'))
     def frame(self):
@@ -466,7 +468,8 @@ class Reader(_Edited):
 
     def _facts(self, i):
         "Numbers of a row in words"
-        said = [f"{len(self._rows[i]['completion'].split()):,} words"] + ([] if np.isnan(like := self._num.like(i)) else [f'likeness {like:.2f}'])
+        now = _edited(self._rows[i], self._by.marks.get(i, ''))
+        said = [f"{len(now['completion'].split()):,} words"] + ([] if np.isnan(like := self._num.like(i)) else [f'likeness {like:.2f}'])
         nats = [f'{k} {v[i]:.2f}' for k,v in self._num.likelihood.items() if not np.isnan(v[i])]
         return ', '.join(said + [f'nats per token: {", ".join(nats)}']*bool(nats))
     def _items(self, acts=True): return [_row_html(i, self._rows[i], self._by.marks.get(i, ''), self._facts(i), self.marked, acts) for i in self.shown]
@@ -511,7 +514,7 @@ class Reader(_Edited):
         "Rows by reason, as they stand now; the colour says whose words they have"
         now = pd.Series([self._now(i) for i in self._at], dtype=object).value_counts()
         colors = [COLORS[dict(teacher='self-data', dropped='pruned').get(source, 'sft')] for source,_ in now.index]
-        return bars([why for _,why in now.index], now.to_numpy(), ax=ax, colors=colors, ylabel='rows', title=f'{len(self._at):,} of {len(self):,} rows, by reason')
+        return bars([literal(why) for _,why in now.index], now.to_numpy(), ax=ax, colors=colors, ylabel='rows', title=f'{len(self._at):,} of {len(self):,} rows, by reason')
     def figure(self):
         import matplotlib.pyplot as plt
         self._num.compare()
