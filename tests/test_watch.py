@@ -7,7 +7,7 @@ from sdlab.core.answers import Task
 from sdlab.core.data import rows
 from sdlab.core.model import LM, load
 from sdlab.recover.tune import training_log, tune
-from sdlab.lab.watch import Watch, _Record, run_frames
+from sdlab.lab.watch import Watch, _locked, _Record, run_frames
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?']
 HOW = dict(epochs=2, lr=1e-3, batch_size=8, save_steps=2, probe_every=2)
@@ -184,6 +184,15 @@ def test_from_another_process(tmp_path):
     assert not seen.running and states(seen)[0] in ('stopped', 'finished')
     assert seen.students['SFT'].provenance['steps'][-1]['steps'] == seen.log[seen.log.arm == 'SFT'].step.max()
 
+def test_a_stop_asked_of_another_process_is_left(tmp_path):
+    w = make(tmp_path/'run')
+    with _locked(w.out):                                                       # as another process holds it
+        (w.out/'stop').write_text('all')
+        w.start().wait(60)
+        assert (w.out/'stop').read_text() == 'all'
+    with pytest.raises(ValueError, match='being written to by another run'): w.check()
+    w.close()
+
 def test_a_program_that_ends_pauses(tmp_path):
     "No crash in a thread that is torn away, and nothing is taken for finished"
     p = subprocess.run(script(tmp_path/'run', go='w.start(); t.until(lambda: len(w.log) > 1)'), capture_output=True, text=True, timeout=600)
@@ -283,6 +292,19 @@ def test_adapters(tmp_path):
     with pytest.raises(ValueError, match='holds adapters without the model'): Watch.open(tmp_path/'run').students
     w.close()
 
+def test_the_order_of_a_set_makes_no_other_run(tmp_path):
+    "Names of modules print in another order in every process"
+    from peft import LoraConfig
+    names = [f'{k}_proj' for k in 'q k v o gate up down'.split()]
+    mixed = set(names) | {f'x{i}' for i in range(1000)}                        # a wide table has another order
+    for i in range(1000): mixed.discard(f'x{i}')
+    assert mixed == set(names) and str(mixed) != str(set(names))
+    for i, kind in enumerate((lambda o: LoraConfig(r=2, target_modules=o), lambda o: dict(rank=2, targets=o))):
+        a = make(tmp_path/f'run{i}', lora=kind(set(names)))
+        b = make(tmp_path/f'run{i}', lora=kind(mixed))                         # refused, were it another run
+        assert a.about == b.about
+        with pytest.raises(ValueError, match='holds another run'): make(tmp_path/f'run{i}', lora=kind({'q_proj'}))
+
 def test_after_close(whole, tmp_path):
     w = make(tmp_path/'run', arms=1).run()
     one = w.students['SFT'].fingerprint
@@ -338,6 +360,17 @@ def test_the_widget_follows(tmp_path, whole):
     with pytest.raises(Exception, match='There is no question 1'): w.prompt = 1
     assert w.progress == 1. and w.doing == ''
     w.close()
+
+def test_a_key_onto_nothing(whole):
+    "An arrow key can land on an arm that was not looked at yet"
+    seen = Watch.open(whole.out)
+    v = seen.widget and seen._views
+    v.looks.series = [dict(name='SFT', color='#111', x=[2, 4], y=[0., 1.]), dict(name='self-data', color='#222', x=[], y=[])]
+    v.looks.selected = [1, 0]
+    assert seen.error == '' and seen.look == -1
+    v.looks.selected = [0, 1]
+    assert seen.look == 4
+    seen.close()
 
 def test_a_slider_step_is_quick(whole):
     "What needs no model is there at once; ten steps, so that a busy machine does not decide"

@@ -17,10 +17,12 @@ import traitlets as t
 from ..core.data import fingerprint,rows
 from ..core.model import LM,load
 from ..core.plan import Plan
-from ..core.plot import color_of
+from ..core.plot import color_of,literal
 from ..measure.trajectory import Camera,keep_frame,read_frames
 from ..compress.depth import without
-from ..recover.tune import _differs,_last,_learned,_write,tune
+from ..distill.rewrite import _words
+from ..recover.tune import _differs,_last,_learned,_lora,_write,tune
+from ..recover.tune import _told as _adapters
 from ..judge.score import _named,score,total
 from .widgets import Chart,Instrument,esc,table_html
 
@@ -123,7 +125,7 @@ def _about(g):
     "What makes a run this run, as plain JSON"
     arms = {k:dict(folder=f'arm-{i}', on=on, student=lm.name, fingerprint=lm.fingerprint) for i,(k,(lm,on)) in enumerate(g.arms.items())}
     tasks = {k:dict(metric=o.metric, n=len(o), fingerprint=fingerprint(o.rows)) for k,o in g.tasks.items()}
-    how = {k:_print(v) if k=='valid' else True if k=='probe' else v for k,v in g.how.items()}
+    how = {k:_print(v) if k=='valid' else True if k=='probe' else _adapters(_lora(v)) if k=='lora' else v for k,v in g.how.items()} # sets in a config are sorted: their order is another one in every process
     return json.loads(json.dumps(dict(format=1, arms=arms, rows=len(g.data), data=fingerprint(g.data), prompts=g.prompts, max_new_tokens=g.max_new_tokens, tasks=tasks,
         teacher=g.teacher and dict(name=g.teacher.name, fingerprint=g.teacher.fingerprint), texts=g.texts and dict(n=len(g.texts), fingerprint=fingerprint(g.texts)), how=how), default=str))
 
@@ -166,8 +168,6 @@ def _panels(about, log):
     rest = [([k], k, 1) for k in seen if k not in {*tasks,'valid_loss'} and not (near and k=='cka')]
     return [(['loss','valid_loss'], 'loss (nats per learned token)', 1), *([(shares, f'score (%), {n(shares)}', 100)] if shares else []), *([(texts, f'perplexity, {n(texts)}', 1)] if texts else []), *near, *rest]
 
-def _plain(s): return str(s).replace('$', r'\$')              # a label, and no formula
-
 def _panel(ax, log, cols, ylabel, factor, colors, marks):
     "One panel: a colour for each arm, a dash and a mark for each number"
     for arm,c in colors.items():
@@ -175,17 +175,17 @@ def _panel(ax, log, cols, ylabel, factor, colors, marks):
         for j,k in enumerate(k for k in cols if k in mine):
             at = mine[k].notna()
             thin = k=='loss'
-            ax.plot(mine.step[at], mine[k][at]*factor, color=c, lw=1 if thin else 1.6, alpha=.6 if thin and 'valid_loss' in log else 1, marker=None if thin and at.sum()>40 else 'os^D'[j%4], ms=2 if thin else 4, ls=('-','--',':','-.')[j%4], label=_plain(arm) if j==0 else None)
+            ax.plot(mine.step[at], mine[k][at]*factor, color=c, lw=1 if thin else 1.6, alpha=.6 if thin and 'valid_loss' in log else 1, marker=None if thin and at.sum()>40 else 'os^D'[j%4], ms=2 if thin else 4, ls=('-','--',':','-.')[j%4], label=literal(arm) if j==0 else None)
     for j,k in enumerate(cols):
         if k in marks: ax.axhline(marks[k]*factor, color=color_of('teacher'), lw=.8, ls='--')
     ax.spines[['top','right']].set_visible(False)
-    ax.set(xlabel='step', ylabel=_plain(textwrap.fill(ylabel, 34)))
+    ax.set(xlabel='step', ylabel=literal(textwrap.fill(ylabel, 34)))
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 def _keys(ax, cols, marks):
     "Which dash is which number, and what the dashed line is"
     from matplotlib.lines import Line2D
-    shown = [Line2D([], [], color='#777777', marker='os^D'[j%4], ms=4, ls=('-','--',':','-.')[j%4], label=_plain(dict(loss='read', valid_loss='held out').get(k, k))) for j,k in enumerate(cols)]
+    shown = [Line2D([], [], color='#777777', marker='os^D'[j%4], ms=4, ls=('-','--',':','-.')[j%4], label=literal(dict(loss='read', valid_loss='held out').get(k, k))) for j,k in enumerate(cols)]
     if len(shown)==1: shown = []
     if any(k in marks for k in cols): shown.append(Line2D([], [], color=color_of('teacher'), lw=.8, ls='--', label='teacher'))
     if shown: ax.legend(handles=shown, frameon=False, fontsize=8)
@@ -230,8 +230,6 @@ def _samples(events, prompts):
     "A row per arm, look and question"
     got = [dict(arm=e['arm'], step=e['step'], question=_words(prompts[e['prompt']]), answer=e['answer']) for e in events if e['kind']=='sample']
     return pd.DataFrame(got, columns=['arm','step','question','answer']).drop_duplicates(['arm','step','question'], keep='last', ignore_index=True)
-
-def _words(prompt): return prompt if isinstance(prompt, str) else '\n'.join(f'{m["role"]}: {m["content"]}' for m in prompt)
 
 def _said(samples, question, look):
     "(arm, step, answer) of every arm at its last look up to the step `look`; -1 for the newest"
@@ -375,7 +373,7 @@ class _Training:
 
 # %% ../../nbs/lab/67_watch.ipynb #c033
 class Watch(_Training, Instrument):
-    "Is it learning, and the right thing? Students trained one after the other on the same rows, seen live; `.students` and `.checkpoint` are what came of it"
+    "Is it learning, and the right thing? Students trained one after the other on the same rows, seen live; `.students` and `.checkpoint` are what came of it. It trains in a thread of this process, whose random generators, warnings filters and verbosity it shares with your cells: they move while it trains, the generators are not put back, and dropout and new adapters depend on who draws meanwhile (the order of the rows does not)"
     shown = t.Unicode('')  # The number of the looks that the right chart shows
     look = t.Int(-1)       # The step up to which answers are shown; -1: the newest
     prompt = t.Int(0)      # Which question
@@ -491,7 +489,7 @@ class Watch(_Training, Instrument):
         if self._working is not None and self._working.busy: return self
         self.failed,self.error = None,''
         _alone(self)
-        (self.out/'stop').unlink(missing_ok=True)
+        if not self.running: (self.out/'stop').unlink(missing_ok=True)     # else it was asked of another process
         self.worker.long(self._train(), key='train')
         return self
 
@@ -615,7 +613,7 @@ def _placed(me, v): v.look.value = min(me.look, v.look.max) if me.look>=0 else v
 
 def _pointed(me, v, at):
     "A click on a look shows what was said there"
-    if len(at)==2 and at[0]<len(v.looks.series): me.look = int(v.looks.series[at[0]]['x'][at[1]])
+    if len(at)==2 and at[0]<len(v.looks.series) and at[1]<len(x := v.looks.series[at[0]]['x']): me.look = int(x[at[1]])
 
 def _fill_answers(me, v):
     "What was said, as far as is asked for"
