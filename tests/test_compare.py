@@ -134,6 +134,24 @@ def test_a_new_question_overtakes(arms, monkeypatch):
         c.wait(60)
         assert asked==['old'] and c.answers=={} and c.doing==''
 
+def test_an_answer_does_not_wait_for_the_scores(arms, tasks, monkeypatch):
+    "Between two pieces of a scoring a question is answered, and its answer handed over while the next piece is still held"
+    gate, real, held, said = threading.Event(), C.score, [], []
+    with Compare(arms, tasks, batch_size=4) as c:
+        def slow(lm, task, *args):
+            held.append(task)
+            end = time.monotonic()+60
+            while len(held)==1 and not c.worker._soon and time.monotonic()<end: time.sleep(.01) # the first piece lasts until the question is there
+            if len(held)>1: gate.wait(60)                                # and the second is held
+            return real(lm, task, *args)
+        monkeypatch.setattr(C, 'score', slow)
+        c.score()
+        while not held: time.sleep(.01)
+        t = threading.Thread(target=lambda: said.append(c.ask(SUM)))
+        t.start(), t.join(20)
+        try: assert said and set(said[0])==set(arms) and not gate.is_set() and c.recovery is None
+        finally: c.cancel(), gate.set(), t.join(60), c.wait(120)
+
 def test_a_folder_is_opened_when_it_is_asked(arms):
     from sdlab.core.pocket import pocket_assets
     with Compare({'teacher': arms['teacher'], 'copy': str(pocket_assets())}) as c:

@@ -6,7 +6,7 @@
 __all__ = ['differing', 'Compare']
 
 # %% ../../nbs/lab/69_compare.ipynb #c002
-import html, random, textwrap
+import html, random, textwrap, threading, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..core.model import LM, generate, load
 from ..core.plan import Plan
 from ..core.plot import color_of
 from ..compress.depth import without
+from ..distill.rewrite import _words
 from ..judge.recovery import Recovery
 from ..judge.score import _alike, _named, score
 from .study import Study
@@ -23,9 +24,6 @@ from .widgets import Instrument, esc, picture
 
 # %% ../../nbs/lab/69_compare.ipynb #c005
 _MARKS = {True:'✓ right', False:'✗ wrong', None:''}  # A word and a sign, never a colour alone
-
-def _words(prompt): # A prompt as text, whatever its form
-    return prompt if isinstance(prompt, str) else '\n'.join(f"{m['role']}: {m['content']}" for m in prompt)
 
 def _reference(task, i): # What should have been answered
     row = task.rows[i]
@@ -171,12 +169,22 @@ def _ask_all(c, turn, question, task, i): # One arm after the other, until someb
     finally: c.doing = ''
     if wrong: raise wrong
 
+def _telling(c, told, f): # Do `f`; say that it is done, however it ended, once what went wrong is known
+    try: f()
+    except BaseException as e: c.fail(e)
+    finally: told.set()
+
+def _await(c, timeout): # Until the newest question is answered, whatever else the worker has to do
+    end = time.monotonic()+timeout
+    while not c.told.wait(.2) and not c.closed:
+        if time.monotonic()>end: raise TimeoutError(f'The answers were not there after {timeout} s: wait longer, or cancel.')
+
 def _ask(c): # Answers to what is shown now
     c.turn += 1
-    c.answers,c.marks,c.error,c.failed = {},{},'',None
-    if not c.question.strip(): return
-    if known := _recorded(c): c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0))
-    else: c.worker.now(partial(_ask_all, c, c.turn, c.question, c.task, c.item), key='ask')
+    c.answers,c.marks,c.error,c.failed,c.told = {},{},'',None,threading.Event()
+    if not c.question.strip(): c.told.set()
+    elif known := _recorded(c): c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0)); c.told.set()
+    else: c.worker.now(partial(_telling, c, c.told, partial(_ask_all, c, c.turn, c.question, c.task, c.item)), key='ask')
 
 def _show(c, task, item, question): # Set the whole state at once, then ask
     c._open()
@@ -304,7 +312,7 @@ class Compare(Instrument):
     )->dict:      # Name of an arm -> its answer
         "What every arm answers; waits until all have"
         _show(self, '', -1, str(question))
-        try: self.wait(3600)
+        try: _await(self, 3600)
         except KeyboardInterrupt: self.cancel(); raise
         self.check()
         return dict(self.answers)
