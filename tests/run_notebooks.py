@@ -52,7 +52,7 @@ def main(argv=None, root=ROOT):
     a = a.parse_args(argv)
     nbs, failed = find(a.paths, root), []
     with ThreadPoolExecutor(a.workers) as pool:
-        for path,s,wrong in pool.map(lambda p: run(p, a.timeout, a.flags, root), nbs):
+        for path,s,wrong in pool.map(lambda p: run(p, a.timeout, a.flags, root), nbs[::-1]): # the tutorials, which take longest, first
             print(f"{'FAILED' if wrong else 'ok':6} {s:6.1f} s  {path.relative_to(root)}", flush=True)
             if wrong: failed.append(path); print(wrong, flush=True)
     if failed: sys.exit(f'{len(failed)} of {len(nbs)} notebooks failed: '+', '.join(str(p.relative_to(root)) for p in failed))
