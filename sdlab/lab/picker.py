@@ -256,7 +256,7 @@ class Picker(Instrument):
     def _rest(self):
         "Bring up to date what need not be so at once"
         all,self._all_later = self._all_later,False
-        self._paint(all)
+        self._paint_rest(all)
 
     def _work(self):
         "Have what is not known of the state found out"
@@ -339,8 +339,11 @@ class Picker(Instrument):
         if self._ui is None or self.closed: return
         with self._lock: _paint_cut(self, self._ui)
     def _paint(self, all=True):
+        self._paint_numbers()
+        self._paint_rest(all)
+    def _paint_rest(self, all):
         if self._ui is None or self.closed: return
-        with self._lock: _paint_cut(self, self._ui); _paint_tried(self, self._ui)
+        with self._lock: _paint_tried(self, self._ui)
         if all: self._paint_map()
         self._paint_answers()
     def _paint_map(self):
