@@ -19,7 +19,8 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     license={'apache2': 'Apache-2.0'}[cfg['license']], classifiers=classifiers,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-    extras_require={'lab': cfg['lab_requirements'].split(), 'dev': (cfg['lab_requirements']+' '+cfg['dev_requirements']).split()},
+    extras_require={'lab': cfg['lab_requirements'].split(), 'harness': cfg['harness_requirements'].split(),
+                    'dev': ' '.join(cfg[f'{o}_requirements'] for o in ('lab', 'harness', 'dev')).split()},
     packages=find_packages(include=['sdlab', 'sdlab.*']),
     package_data={'': ['assets/**/*']}, include_package_data=True, zip_safe=False,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})
