@@ -18,40 +18,50 @@ from .score import score_all
 
 # %% ../../nbs/judge/51_recovery.ipynb #c005
 def _resampled(
-    value,   # What an item adds, shape (arms, n)
+    value,   # What an item adds in a run, shape (arms, runs, n)
     weight,  # What it counts, same shape
     b,       # Draws
     seed,    # Any list of ints
 ):           # Ratio of the sums in every draw, shape (arms, b)
-    "The bootstrap of a ratio of sums, in pieces that fit into memory"
-    rng,out,step = np.random.default_rng(seed), [], max(1, 2**22//value.shape[1])
-    n = value.shape[1]
+    "The bootstrap of a ratio of sums over items and, where there are several, over runs; in pieces that fit into memory"
+    (_,runs,n),rng,out = value.shape,np.random.default_rng(seed), []
+    step = max(1, 2**22//n)
     for a in range(0, b, step):
-        c = rng.multinomial(n, np.full(n, 1/n), size=min(step, b-a)).astype(float)
-        out.append((value@c.T)/(weight@c.T))
+        k = min(step, b-a)
+        items = _counts(rng, n, k)
+        of = _counts(rng, runs, k) if runs>1 else np.ones((k,1))
+        out.append(_crossed(value, items, of)/_crossed(weight, items, of))
     return np.concatenate(out, 1)
+
+def _counts(rng, n, b): return rng.multinomial(n, np.full(n, 1/n), size=b).astype(float) # how often each of n is drawn, shape (b, n)
+
+def _crossed(x, items, runs): return np.einsum('arb,br->ab', x@items.T, runs) # every run that was drawn, on every item that was drawn
 
 def _between(x): return tuple(np.nanpercentile(x, (2.5,97.5))) if np.isfinite(x).any() else (math.nan, math.nan)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c009
+# %% ../../nbs/judge/51_recovery.ipynb #c011
 _MEAN = 'average'
 
 def _matrix(items, arms):
-    "Per-item values and weights of one task, two arrays of shape (arms, n); for perplexity nats and tokens"
-    by = {a:g.sort_values('item') for a,g in items.groupby('arm', sort=False)}
-    if items.metric.iloc[0]=='perplexity': return [np.stack([by[a][c].to_numpy(float) for a in arms]) for c in ('nll','tokens')]
-    value = np.stack([by[a].score.to_numpy(float) for a in arms])
+    "Per-item values and weights of one task, two arrays of shape (arms, runs, n); for perplexity nats and tokens"
+    by = {a:g.sort_values(['run','item']) for a,g in _with_runs(items).groupby('arm', sort=False)}
+    most = max(g.run.nunique() for g in by.values())
+    def stack(col): return np.stack([np.broadcast_to(by[a][col].to_numpy(float).reshape(by[a].run.nunique(), -1), (most, by[a]['item'].nunique())) for a in arms])
+    if items.metric.iloc[0]=='perplexity': return stack('nll'),stack('tokens')
+    value = stack('score')
     return value, np.ones_like(value)
+
+def _with_runs(items): return items if 'run' in items else items.assign(run=0) # without a column, every arm is one run
 
 def _value(x, metric): return np.exp(x) if metric=='perplexity' else x
 
 def _is_share(value): return bool(np.isin(value, (0,1)).all())
 
-# %% ../../nbs/judge/51_recovery.ipynb #c010
+# %% ../../nbs/judge/51_recovery.ipynb #c012
 @dataclass(frozen=True, repr=False, eq=False)
 class Recovery:
     "What the arms of a study score on the same items, how sure that is, and what came back of the teacher"
-    items:object           # `DataFrame` as `score_all` gives it: one row per task, arm and item
+    items:object           # `DataFrame` as `score_all` gives it: one row per task, arm and item; a column `run` tells several trainings of an arm apart (arms that were not trained have one)
     teacher:str='teacher'  # The arm that is 100 %
     baseline:str='pruned'  # The arm from which the gap is measured; without such an arm there is no gap
     seed:int=0             # Of the bootstrap
@@ -61,6 +71,8 @@ class Recovery:
     @property
     def arms(self): return list(dict.fromkeys(self.items.arm))
     @property
+    def runs(self): return {a:g.run.nunique() for a,g in _with_runs(self.items).groupby('arm', sort=False)}
+    @property
     def tasks(self): return dict(self.items.groupby('task', sort=False).metric.first())
 
     @cached_property
@@ -69,7 +81,7 @@ class Recovery:
         out = {}
         for i,(k,metric) in enumerate(self.tasks.items()):
             v,w = _matrix(self.items[self.items.task==k], self.arms)
-            out[k] = metric, v.shape[1], _value(v.sum(1)/w.sum(1), metric), _value(_resampled(v, w, self.draws, [self.seed, i]), metric), metric!='perplexity' and _is_share(v)
+            out[k] = metric, v.shape[2], _value(v.sum((1,2))/w.sum((1,2)), metric), _value(_resampled(v, w, self.draws, [self.seed, i]), metric), metric!='perplexity' and v.shape[1]==1 and _is_share(v)
         shares = [o for o in out.values() if o[0]!='perplexity']
         if len(shares)>1: out[_MEAN] = 'mean', sum(o[1] for o in shares), np.mean([o[2] for o in shares], 0), np.mean([o[3] for o in shares], 0), False
         return out
@@ -132,7 +144,7 @@ class Recovery:
     def __repr__(self): return f'Recovery of {", ".join(a for a in self.arms if a!=self.teacher)} against {self.teacher} on {", ".join(self.tasks)}\n{_plain(self)}'
     def _repr_html_(self): return _html(self)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c011
+# %% ../../nbs/judge/51_recovery.ipynb #c013
 def _panel(ax, task, g, teacher):
     "One task: a line per arm with its score, and the teacher's across all of them"
     p = 1 if (ppl := g.metric.iloc[0]=='perplexity') else 100
@@ -144,17 +156,24 @@ def _panel(ax, task, g, teacher):
     ax.title.set(fontsize=10, ha='left', position=(0,1))
     ax.spines[['top','right']].set_visible(False)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c012
+# %% ../../nbs/judge/51_recovery.ipynb #c014
 def _check(r):
     "Refuse arms that were not scored on the same items"
     need = {'task','metric','arm','item','score','reference'}
     if gone := need-set(r.items.columns): raise ValueError(f'The items lack {", ".join(sorted(gone))}: make them with score_all.')
     if r.teacher not in r.arms: raise ValueError(f'There is no arm {r.teacher!r} to compare with; there are {", ".join(r.arms)}.')
     for k,g in r.items.groupby('task', sort=False):
-        seen = {a:list(zip(o['item'], o['reference'])) for a,o in g.sort_values('item').groupby('arm', sort=False)}
-        if len(seen)<len(r.arms): raise ValueError(f'{", ".join(sorted(set(r.arms)-set(seen)))} was not scored on {k!r}.')
-        odd = [a for a,o in seen.items() if o!=seen[r.teacher]]
+        seen = {(a,run):list(zip(o['item'], o['reference'])) for (a,run),o in _with_runs(g).sort_values('item').groupby(['arm','run'], sort=False)}
+        if gone := sorted(set(r.arms)-{a for a,_ in seen}): raise ValueError(f'{", ".join(gone)} was not scored on {k!r}.')
+        first = next(o for (a,_),o in seen.items() if a==r.teacher)
+        odd = [a for (a,_),o in seen.items() if o!=first]
         if odd: raise ValueError(f'{odd[0]} and {r.teacher} were scored on different items of {k!r}: score them on the same ones.')
+        _check_runs(k, [a for a,_ in seen])
+
+def _check_runs(task, arms):
+    "Every arm was run once, or as often as the others that were run more than once"
+    many = {a:arms.count(a) for a in arms if arms.count(a)>1}
+    if len(set(many.values()))>1: raise ValueError(f'On {task!r} {" and ".join(f"{a} has {n} runs" for a,n in many.items())}: give every arm one run, or as many as the others.')
 
 def _part(a, b):
     "a/b, NaN where b is nothing"
@@ -169,21 +188,21 @@ def _row(r, task, i):
     rlow,rhigh = _between(of(draws))
     base = r.arms.index(r.baseline) if r.baseline in r.arms else None
     gap = math.nan if base is None else 100*float(_part(score[i]-score[base], score[t]-score[base]))
-    return dict(task=task, metric=metric, higher_is_better=not lower, arm=r.arms[i], n=n, score=score[i], low=low, high=high, interval='Wilson' if share else 'bootstrap',
+    return dict(task=task, metric=metric, higher_is_better=not lower, arm=r.arms[i], n=n, runs=r.runs[r.arms[i]], score=score[i], low=low, high=high, interval='Wilson' if share else 'bootstrap',
                 recovery=float(of(score)), recovery_low=rlow, recovery_high=rhigh, gap_closed=gap, seed=r.seed)
 
 def _pair(r, task, i, j):
     "The line of one difference"
     metric,n,score,draws,share = r._boot[task]
     low,high = _between(draws[i]-draws[j])
-    v = _matrix(r.items[r.items.task==task], r.arms)[0][[i,j]] if share else None
+    v = _matrix(r.items[r.items.task==task], r.arms)[0][[i,j],0] if share else None
     only = dict(only_a=int((v[0]>v[1]).sum()), only_b=int((v[1]>v[0]).sum())) if share else dict(only_a=None, only_b=None)
     return dict(task=task, metric=metric, a=r.arms[i], b=r.arms[j], n=n, difference=score[i]-score[j], low=low, high=high, **only,
                 higher_is_better=metric!='perplexity', verdict=_verdict(low, high, metric!='perplexity', r.arms[i], r.arms[j]))
 
 def _verdict(low, high, up, a, b): return 'not told apart' if low<=0<=high else f'{a if (low>0)==up else b} is better'
 
-# %% ../../nbs/judge/51_recovery.ipynb #c013
+# %% ../../nbs/judge/51_recovery.ipynb #c015
 def _say(row):
     "A cell of the table as (score, interval, rest)"
     if row.metric=='perplexity': return f'{row.score:.3g}', f'{row.low:.3g} to {row.high:.3g}', f'{row.recovery:.0f} %'
@@ -218,7 +237,7 @@ def _html(r):
             + (f', and the gap closed between {escape(str(r.baseline))} and {escape(str(r.teacher))}.' if r.baseline in r.arms else '.'))
     return f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table><p><small>{note}</small></p>'
 
-# %% ../../nbs/judge/51_recovery.ipynb #c014
+# %% ../../nbs/judge/51_recovery.ipynb #c016
 def recovery(
     teacher,           # LM: what is 100 %
     arms,              # {name: LM}, such as {'pruned': ..., 'SFT': ..., 'self-data': ...}
@@ -232,7 +251,7 @@ def recovery(
     if 'teacher' in arms: raise ValueError("One of the arms is called 'teacher', which is the name of the teacher's own row: give it another name.")
     return Recovery(score_all({'teacher':teacher, **arms}, tasks, batch_size, progress), baseline=baseline, seed=seed)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c025
+# %% ../../nbs/judge/51_recovery.ipynb #c027
 def pareto(
     size, # What each choice costs, shape (n,); less is better
     loss, # What each choice loses, shape (n,); less is better
