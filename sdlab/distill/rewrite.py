@@ -46,13 +46,14 @@ class Template:
 
 # %% ../../nbs/distill/30_rewrite.ipynb #c006
 _ANSWER = '### Instruction:\n{prompt}\n\n### Reference Answer:\n{reference}\n\n### Response:\n'
-_SHOWN = 'Below are an instruction that describes a task and a reference answer. '
+_SHOWN = 'Below are an instruction that describes a task along with a reference answer. '
 
 TEMPLATES = {
     'using': Template(_ANSWER, _SHOWN+'Using the reference answer as a guide, write your own response.'),
     'refer': Template(_ANSWER, _SHOWN+'Refer to the reference answer and write your own response.'),
     'gsm8k': Template('{prompt}\n\n{reference}', 'You are an expert in math. Below are a math question and its reference answer. '
                       'Refer to the reference answer and write a response that appropriately answers the question.', "Great! Let's think step by step. "),
+    'free': Template('{prompt}', banned=()), # who was shown no reference cannot talk of one
     'continue': Template('{prompt}'),
 }
 
@@ -75,23 +76,29 @@ def _is_banned(text, banned): return any(text.lower().startswith(b[1:]) if b[0]=
 
 def _rule(rule, reference): return ('final' if '####' in reference else None) if rule=='auto' else rule
 
+def _reason(answer, reference, rule, banned, ended):
+    "What can be said of a rewrite"
+    if not answer.strip(): return 'empty'
+    if not ended: return 'cut off'
+    if _is_banned(answer.strip(), banned): return 'banned phrase'
+    if rule is None: return 'not checked'
+    if agree(answer, reference, rule): return 'same answer'
+    return 'other answer' if callable(rule) or extract(reference, rule) is not None and extract(answer, rule) is not None else 'no answer'
+
 def verdict(
     answer,         # What the teacher wrote
     reference,      # What it was shown
     rule='auto',    # How answers are compared, see `core.answers.agree`; 'auto': 'final' if the reference has `####`, else not at all
     banned=BANNED,  # Phrases that an answer must not have
     ended=True,     # Did the teacher end its answer itself?
+    select=True,    # False: the teacher's words whatever they are, unless there are none; the reason still says what selection would have gone by
 )->tuple:           # (source, reason): source is 'teacher' or 'reference'
     "Conditional selection (SDFT, Yang et al. 2402.13669, 4.3): whose words does the student read, and why?"
-    rule = _rule(rule, reference)
-    if not answer.strip(): return 'reference', 'empty'
-    if not ended: return 'reference', 'cut off'
-    if _is_banned(answer.strip(), banned): return 'reference', 'banned phrase'
-    if rule is None: return 'teacher', 'not checked'
-    if agree(answer, reference, rule): return 'teacher', 'same answer'
-    return 'reference', 'other answer' if callable(rule) or extract(reference, rule) is not None and extract(answer, rule) is not None else 'no answer'
+    reason = _reason(answer, reference, _rule(rule, reference), banned, ended)
+    own = reason in ('same answer', 'not checked') if select else reason!='empty'
+    return 'teacher' if own else 'reference', reason
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c015
+# %% ../../nbs/distill/30_rewrite.ipynb #c017
 def _key(prompt, reference): return hashlib.sha256(json.dumps([prompt, reference]).encode()).hexdigest()[:20]
 
 def _rank(): return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -134,7 +141,7 @@ def ledger(
     if not done: raise ValueError(f'There is no ledger of rewrite in {out}, or nothing in it yet.')
     return Dataset.from_dict({k:[r[k] for r in done] for k in ('prompt', 'reference', 'written', 'ended')})
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c016
+# %% ../../nbs/distill/30_rewrite.ipynb #c018
 def _refused(e, path): return type(e)(f'Cannot write to {path} ({e.strerror or e}): free space or choose another out, and run again; what is done is kept.')
 
 def _append(f, records):
@@ -180,7 +187,7 @@ def _writing(
         if not n: write([dict(ledger=1, settings=settings)])
         yield write
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c019
+# %% ../../nbs/distill/30_rewrite.ipynb #c021
 def _part(tok, text, share, room):
     "A text as what is given (about `share` of its tokens) and what is to come, together at most `room` tokens long"
     ids = tok(text, add_special_tokens=False, verbose=False).input_ids
@@ -202,7 +209,7 @@ def _rooms(lm, asks, refs, prefill):
     fill = len(completion_ids(tok, prefill, end=False)) if prefill else 0
     return [room-fill-len(a) for a in asks], [len(completion_ids(tok, r)) for r in refs]
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c020
+# %% ../../nbs/distill/30_rewrite.ipynb #c022
 def _trim(tok, text, cap):
     "`text` as at most `cap` tokens, and whether that is all of it"
     ids = completion_ids(tok, text, end=False)
@@ -228,7 +235,7 @@ def _wait(out, settings, keys, patience):
             raise TimeoutError(f'{len(keys-set(done))} rows of other ranks are missing in {out}, and nothing was written for {patience} s: run again, what is done is kept.')
         time.sleep(.2)
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c022
+# %% ../../nbs/distill/30_rewrite.ipynb #c024
 def _settings(lm, tpl, n, temperature, top_p, top_k, seed):
     "What a teacher's answers depend on; the rule is not among it, since a verdict is cheap and can be made anew"
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed) if temperature else dict(temperature=0)
@@ -251,9 +258,9 @@ def _no_answer(rule, refs):
     if rule is None or callable(rule) or rule=='auto' or any(extract(r, _check(rule)) is not None for r in refs): return
     raise ValueError(f"The rule {rule!r} finds no answer in any of the {len(refs)} references: choose another rule, or None to check nothing.")
 
-def _decided(prompt, reference, rec, rule, banned, texts):
+def _decided(prompt, reference, rec, rule, banned, texts, select=True):
     "One row of the result"
-    source,reason = verdict(rec['written'], reference, rule, banned, rec['ended'] or texts) if rec.get('fits', True) else ('reference', 'too long')
+    source,reason = verdict(rec['written'], reference, rule, banned, rec['ended'] or texts, select) if rec.get('fits', True) else ('reference', 'too long')
     if texts and reason=='not checked': reason = 'continued'
     own = source=='teacher'
     said = (rec['written'] if texts else rec['written'].strip()) if own else reference
@@ -287,6 +294,7 @@ def rewrite(
     top_k=None,         # Sample among this many likeliest tokens
     share=.25,          # Of a plain text, the part that is given; the teacher writes as many tokens as the rest has
     patience=3600,      # Under torchrun: seconds without news of the other ranks until it is given up
+    select=True,        # False: the teacher's words whatever they answer, see `verdict`; only empty and too long rows keep their reference
 )->'Dataset':           # `prompt`, `completion`, `reference`, `source`, `reason`; `written` (the teacher's words, kept or not), `ended` (did the completion end by itself?)
     "The teacher writes the data: each row in its own words where they say the same, in the reference's where not (2410.09982)"
     from datasets import Dataset
@@ -304,9 +312,9 @@ def rewrite(
     lost = sum(not done[k].get('fits', True) for k in todo)
     if lost==len(todo): raise ValueError(f'No row leaves room for an answer in a context of {context(teacher)} tokens: lower max_new_tokens ({max_new_tokens}), or take shorter rows or a shorter template.')
     if lost: warnings.warn(f'{lost} of {len(todo)} rows leave no room for an answer in a context of {context(teacher)} tokens: they keep their reference.')
-    return Dataset.from_list([_decided(*p, done[_key(*p)], rule, tpl.banned, texts) for p in pairs])
+    return Dataset.from_list([_decided(*p, done[_key(*p)], rule, tpl.banned, texts, select) for p in pairs])
 
-# %% ../../nbs/distill/30_rewrite.ipynb #c030
+# %% ../../nbs/distill/30_rewrite.ipynb #c034
 _TD = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;max-width:24em;padding:.3em .6em"'
 def _row_html(cells, tag='td'): return '<tr>'+''.join(f'<{tag} {_TD}>{html.escape(str(c))}</{tag}>' for c in cells)+'</tr>'
 def _table_html(rows, head): return '<table>'+_row_html(head, 'th')+''.join(map(_row_html, rows))+'</table>'
