@@ -8,8 +8,8 @@ __all__ = ['score', 'total', 'score_all']
 # %% ../../nbs/judge/50_score.ipynb #c002
 import math,warnings
 import torch
-from ..core.data import collate,context,encode
-from ..core.model import generate
+from ..core.data import collate,completion_ids,context,encode
+from ..core.model import _asked,generate
 from ..core.answers import Task,agree,extract
 from ..measure.stream import Likelihood,scan
 
@@ -61,17 +61,19 @@ def _choice(lm, task, size):
 # %% ../../nbs/judge/50_score.ipynb #c013
 def _exact(lm, task, size):
     "Items of a generation task: the answer in the model's reply"
-    said = generate(lm, list(task.rows['prompt']), max_new_tokens=task.max_new_tokens, batch_size=size)
-    refs = list(task.rows['completion'])
+    asks,refs = list(task.rows['prompt']), list(task.rows['completion'])
+    said = generate(lm, asks, max_new_tokens=task.max_new_tokens, batch_size=size)
+    room = _asked(lm, asks, '', task.max_new_tokens)[1]
     return dict(score=[float(agree(s, r, task.rule)) for s,r in zip(said, refs)], answer=[extract(s, task.rule) or '' for s in said],
-                reference=[extract(r, task.rule) or '' for r in refs], reply=said)
+                reference=[extract(r, task.rule) or '' for r in refs], reply=said, ended=[s.n<n for s,n in zip(said, room)],
+                reply_tokens=[s.n for s in said], reference_tokens=[len(completion_ids(lm.tokenizer, r, end=False)) for r in refs])
 
-# %% ../../nbs/judge/50_score.ipynb #c014
+# %% ../../nbs/judge/50_score.ipynb #c015
 def score(
     lm,            # LM, left as it is
     task,          # Task
     batch_size=64, # Rows at once; changes the time and not the scores
-)->'DataFrame':    # One row per item: `item`, `score`, `answer`, `reference`, and what the metric adds (`reply`; `acc`, `acc_norm`, `logprob`; `nll`, `tokens`)
+)->'DataFrame':    # One row per item: `item`, `score`, `answer`, `reference`, and what the metric adds (`reply`, `ended`, `reply_tokens`, `reference_tokens`; `acc`, `acc_norm`, `logprob`; `nll`, `tokens`)
     "What `lm` gets right in `task`, item by item"
     import pandas as pd
     if not len(task): raise ValueError(f'The task {task.name!r} has no items.')
@@ -86,7 +88,7 @@ def total(
     if metric=='perplexity': return math.exp(items.nll.sum()/items.tokens.sum())
     return items.score.mean()
 
-# %% ../../nbs/judge/50_score.ipynb #c023
+# %% ../../nbs/judge/50_score.ipynb #c024
 def _named(tasks):
     "Tasks as {name: Task}"
     tasks = tasks if isinstance(tasks, dict) else {t.name:t for t in ([tasks] if isinstance(tasks, Task) else tasks)}
