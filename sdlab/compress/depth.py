@@ -189,7 +189,8 @@ def _same_work(lm, cut, plan, new):
 def _prove(lm, cut, plan):
     "Raise unless a reload of `cut` would be `cut`"
     m = cut.model
-    if getattr(m, 'is_quantized', False) or len(set(getattr(m, 'hf_device_map', {}).values()))>1: return _same_work(lm, cut, plan, m) # cannot be rebuilt on empty weights
+    spread = len(set(getattr(m, 'hf_device_map', {}).values()))>1 or any(p.is_meta for p in m.parameters())
+    if spread or getattr(m, 'is_quantized', False): return _same_work(lm, cut, plan, m) # cannot be rebuilt on empty weights
     try: new = _rebuilt(m)
     except Exception as e: _refuse(lm, f'its config is no longer valid ({_line(e)})')
     _same_build(lm, cut, plan, new)

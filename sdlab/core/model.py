@@ -75,6 +75,13 @@ def _carries(
 # %% ../../nbs/core/03_model.ipynb #c011
 _LOOKED = 'looked for one list of modules that are called once each, in order, and pass the residual stream (batch, tokens, width) from one to the next'
 
+def _device(
+    model, # Hugging Face model
+):
+    "Where token ids have to be: with the embedding, or, if that is offloaded, where it is brought to"
+    emb = model.get_input_embeddings()
+    return torch.device(emb._hf_hook.execution_device) if emb.weight.device.type=='meta' and hasattr(emb, '_hf_hook') else emb.weight.device
+
 def _find(
     model, # Causal language model
 )->str:    # Path of the stack inside it
@@ -82,8 +89,7 @@ def _find(
     name,stacks = type(model).__name__,_stacks(model)
     if getattr(getattr(model, 'config', None), 'is_encoder_decoder', False): raise ValueError(f'{name} is an encoder-decoder with two stacks of blocks: sdlab takes decoder-only language models')
     if not stacks or not hasattr(model, 'get_input_embeddings'): raise ValueError(f'No stack of blocks in {name}: {_LOOKED}')
-    emb = model.get_input_embeddings().weight
-    ids = torch.arange(1, 4, device=emb.device)[None] % len(emb)
+    ids = torch.arange(1, 4, device=_device(model))[None] % len(model.get_input_embeddings().weight)
     try: calls = _trace(model, [m for s in stacks.values() for m in s], ids)
     except Exception as e: raise ValueError(f'{name} cannot run three tokens ({type(e).__name__}: {_line(e)}), so its blocks cannot be found') from e
     found = {k:s for k,s in stacks.items() if _carries(s, calls, ids.shape[1])}
@@ -119,9 +125,22 @@ def _fingerprint(
     "A hash of the config and of a sample of every tensor: fast, and different after any training step"
     h = hashlib.sha256(json.dumps({k:v for k,v in model.config.to_dict().items() if k not in _ASIDE}, sort_keys=True, default=str).encode())
     for k,t in sorted(model.state_dict().items()):
-        v = t.detach().reshape(-1)
+        v = _whole_tensor(model, k, t).reshape(-1)
         h.update(f'{k}{tuple(t.shape)}'.encode() + v[::max(1, len(v)//16)].float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
+
+def _whole_tensor(
+    model, # Hugging Face model
+    name,  # Of a tensor in its `state_dict`
+    t,     # That tensor
+):
+    "Its numbers: those of offloaded weights are fetched where they lie, those of quantised ones that hide them are spelled out"
+    if t.device.type=='meta':
+        from accelerate.utils.modeling import align_module_device
+        path,_,own = name.rpartition('.')
+        with align_module_device(m := model.get_submodule(path)): t = getattr(m, own)
+    if t.device.type=='meta': raise ValueError(f'{name} of {type(model).__name__} has no numbers: it is on the meta device, and nothing says where it was offloaded to; load the model again')
+    return (t.dequantize() if torch.utils._python_dispatch.is_traceable_wrapper_subclass(t) else t).detach()
 
 # %% ../../nbs/core/03_model.ipynb #c022
 def _short(n): return next((f'{n/k:.3g} {s}' for k,s in ((1e9,'B'),(1e6,'M'),(1e3,'k')) if n>=k), str(n))
@@ -159,7 +178,7 @@ class LM:
     @property
     def dtype(self): return self.model.dtype
     @property
-    def device(self): return self.model.get_input_embeddings().weight.device
+    def device(self): return _device(self.model)
     @property
     def n_params(self): return self.model.num_parameters()
     @property

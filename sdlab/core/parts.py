@@ -22,12 +22,20 @@ def _held(
     loose = (v for m in model.modules() for v in vars(m).values() if torch.is_tensor(v))
     return chain(model.parameters(), model.buffers(), loose)
 
+def _lent(
+    model, # Any module
+):         # Iterator over objects
+    "What the hooks of an offloaded model fetch its weights from: a copy fetches them from the same place"
+    hooks = (h for m in model.modules() if (o := getattr(m, '_hf_hook', None)) is not None for h in getattr(o, 'hooks', (o,)))
+    return (v for h in hooks for k in ('weights_map','tied_params_map') if (v := getattr(h, k, None)) is not None)
+
 def _copied(
     model, # Any module
     f,     # Function of a tensor: what stands for it in the copy
 ):
     "`model` again, with `f(t)` for every tensor `t`"
     memo = {id(t):f(t) for t in _held(model)}
+    memo |= {id(o):o for o in _lent(model)}
     empty = (v for m in model.modules() for v in vars(m).values() if type(v) in (dict,OrderedDict,set) and not v)
     return copy.deepcopy(model, memo|{id(v):type(v)() for v in empty}) # a module is mostly empty lists of hooks: this halves the time
 
