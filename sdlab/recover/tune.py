@@ -10,9 +10,11 @@ import copy,difflib,json,math,os,random,shutil,tempfile,threading,time,warnings
 from contextlib import contextmanager,nullcontext
 from pathlib import Path
 import torch
+from torch import nn
 from ..core.plot import _axes,curve
 from ..core.data import collate,encoded,fingerprint,rows
-from ..core.model import LM,load,silent_modules,_silent
+from ..core.model import LM,load,silent_modules,_silent,_trace
+from ..core.parts import _copied
 from ..measure.stream import Likelihood,_still,scan
 
 # %% ../../nbs/recover/40_tune.ipynb #c005
@@ -52,21 +54,25 @@ class _Quiet:
 
     def compute_loss(self, *args, **kwargs):
         from transformers import Trainer
-        plain = self.args.loss_type=='nll' and not self.aux_loss_enabled
+        plain = getattr(self.args, 'loss_type', None)=='nll' and not self.aux_loss_enabled
         return Trainer.compute_loss(self, *args, **kwargs) if plain else super().compute_loss(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.began: self.began = time.perf_counter()-self.seconds
+        return super().training_step(model, self._counted(inputs), num_items_in_batch)
+
+    def _counted(self, inputs):
         ids,mask = inputs['input_ids'],inputs.get('attention_mask')
         self.tokens += torch.stack([(torch.ones_like(ids) if mask is None else mask).sum(), (inputs['labels'][:,1:]!=-100).sum()]).to(self.tokens.device)
-        return super().training_step(model, self._unmasked(inputs), num_items_in_batch)
+        return self._unmasked(inputs)
 
     def _unmasked(self, inputs):
         "The batch without its mask, once that was proved to change nothing"
         mask = inputs.get('attention_mask')
         if mask is None or mask.all(): return inputs
-        if self.free is None: self.free = self.accelerator.num_processes==1 and not self.aux_loss_enabled and _blind(self._student().model, inputs)
+        if self.free is None: self.free = self.accelerator.num_processes==1 and not self.aux_loss_enabled and all(_blind(m, inputs) for m in self._readers())
         return {k:v for k,v in inputs.items() if k!='attention_mask' or not self.free}
+    def _readers(self): return [self._student().model]
 
     @contextmanager
     def away(self):
@@ -82,8 +88,9 @@ class _Quiet:
 
     def log(self, logs, start_time=None):
         if 'train_runtime' in logs: return
-        if 'loss' in logs: logs = dict(loss=logs['loss'], lr=logs['learning_rate'], grad_norm=logs.get('grad_norm')) | self.counts()
+        if 'loss' in logs: logs = dict(loss=logs['loss'], lr=logs['learning_rate'], grad_norm=logs.get('grad_norm')) | self.counts() | self._more()
         super().log(logs)
+    def _more(self): return {}
 
 # %% ../../nbs/recover/40_tune.ipynb #c011
 def _blind(
@@ -187,10 +194,12 @@ class _Watched:
     def _keep(self, step):
         from safetensors.torch import save_file
         path = Path(self.args.output_dir)/f'best-{step}.safetensors'
+        if not self.args.should_save: return self.accelerator.wait_for_everyone()
         save_file({k:p.detach().cpu().clone() for k,p in self.model.named_parameters() if p.requires_grad}, path.with_suffix('.new'))
         os.replace(path.with_suffix('.new'), path)
         for p in path.parent.glob('best-*.safetensors'):
             if p!=path: p.unlink()
+        self.accelerator.wait_for_everyone()
 
     def restore(self):
         "Back to the best weights, if they were watched; the step they are from"
@@ -212,7 +221,7 @@ def _look(lm, valid, probe):
     if bad := set(got) & _OURS: raise ValueError(f'A probe may not call its numbers {", ".join(sorted(bad))}: the log has columns of these names.')
     return found | {k:float(v) for k,v in got.items()}
 
-_OURS = {'step','epoch','loss','lr','grad_norm','tokens','trained_tokens','seconds','tokens_per_s','valid_loss'}
+_OURS = {'step','epoch','loss','lr','grad_norm','tokens','trained_tokens','seconds','tokens_per_s','valid_loss','rollout','ended'}
 
 def _best(history, watch, higher):
     "(best value of `watch`, its step, looks since then)"
@@ -225,8 +234,8 @@ class _Halt(Exception): "Asked to stop before the next step was begun"
 
 class _Clock:
     "When to look, when to end, and what to show meanwhile"
-    def __init__(self, every, show, stop=None):
-        self.every,self.show,self.stop,self.bar = every,show,stop,None
+    def __init__(self, every, show, stop=None, what='tune'):
+        self.every,self.show,self.stop,self.what,self.bar = every,show,stop,what,None
         self.asked = self.stopped = False
     def ask(self, device):
         "Does `stop` say so, in any process of this run?"
@@ -238,7 +247,7 @@ class _Clock:
     def on_train_begin(self, args, state, control, **kwargs):
         if self.show is not True: return
         from tqdm.auto import tqdm
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='tune', unit='step')
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.what, unit='step')
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.asked and self.ask(args.device): raise _Halt       # at the start, and after a look, which may take long
     def on_step_end(self, args, state, control, **kwargs):
@@ -277,28 +286,68 @@ def _spared(config, student):
 def _told(config): return None if config is None else {k:sorted(v) if isinstance(v, set) else v for k,v in config.to_dict().items() if isinstance(v, (int,float,str,set,list,dict)) and v}
 
 # %% ../../nbs/recover/40_tune.ipynb #c026
+def _after(
+    lm, # LM
+):      # [(name, module), ...]
+    "What the stream passes after the last block and what has weights of its own: the final norm and the head"
+    names = {m:k for k,m in lm.model.named_modules() if m is lm.blocks[-1] or next(m.parameters(recurse=False), None) is not None}
+    calls = [c[0] for c in _trace(lm.model, names, torch.arange(1, 4, device=lm.device)[None] % lm.vocab)]
+    return [(names[m],m) for m in calls[calls.index(lm.blocks[-1])+1:]]
+
+def _sound(lm, last, lora):
+    "Refuse what `last` cannot mean, and say where it means more than it says"
+    if isinstance(last, bool) or not isinstance(last, int) or not 0<=last<=lm.n: raise ValueError(f'last is a number of blocks from 0 (the final norm and the head alone) to {lm.n}, not {last!r}.')
+    if lora: raise ValueError('last= trains whole blocks, lora= adapters: give one of the two.')
+    if (tied := _tied(lm)): warnings.warn(f'{tied} of {lm.name} shares its weights with the embeddings: last= trains these too, and the gradient goes all the way down to them.', stacklevel=4)
+
+def _tied(lm):
+    "The name of what comes after the blocks and has the embeddings' own weights, if anything has"
+    return next((k for k,m in _after(lm) if getattr(m, 'weight', None) is lm.model.get_input_embeddings().weight), None)
+
+def _only(
+    lm,   # LM; its weights are frozen but for its end
+    last, # Blocks to train
+):
+    "Train the last blocks and what comes after them, and nothing else"
+    end = [*lm.blocks[lm.n-last:], *(m for _,m in _after(lm))]
+    lm.model.requires_grad_(False)
+    for m in end: m.requires_grad_(True)
+
+# %% ../../nbs/recover/40_tune.ipynb #c029
 _NAMES = dict(num_train_epochs='epochs', learning_rate='lr', per_device_train_batch_size='batch_size', output_dir='out', eval_strategy='probe_every', eval_steps='probe_every', resume_from_checkpoint='resume', disable_tqdm='progress')
 
-def _checked(sft):
-    "Refuse what is no field of `SFTConfig`, or one that has a name of its own here"
-    from trl import SFTConfig
+class _Course:
+    "A way of learning: from the words of fixed rows, by TRL's `SFTTrainer`"
+    op,done,mixins,told,names = 'tune','tuned',(),{},_NAMES
+    def trl(self):
+        from trl import SFTConfig,SFTTrainer
+        return SFTTrainer,SFTConfig
+    def check(self, student, told): "Refuse what cannot be learned from"
+    def rows(self, student, told, on, longest): return labelled(student, told, on, longest)
+    def fields(self, sft, big): return dict(max_length=None, activation_checkpointing=sft.pop('gradient_checkpointing', big))
+    def laid(self, ds, steps, batch, seed): return ds
+    def gear(self, student): return {} # more attributes for the trainer
+
+def _checked(sft, course):
+    "Refuse what is no field of the trainer's config, or one that has a name of its own here"
+    config = course.trl()[1]
     for k in sft:
-        if k in _NAMES: raise TypeError(f'{k} is called {_NAMES[k]} here.')
-        if k in SFTConfig.__dataclass_fields__: continue
-        near = difflib.get_close_matches(k, SFTConfig.__dataclass_fields__, 1)
-        raise TypeError(f'{k} is no argument of tune and no field of SFTConfig{f"; did you mean {near[0]}?" if near else "."}')
+        if k in course.names: raise TypeError(f'{k} is called {course.names[k]} here.')
+        if k in config.__dataclass_fields__ or k=='max_length': continue
+        near = difflib.get_close_matches(k, config.__dataclass_fields__, 1)
+        raise TypeError(f'{k} is no argument of {course.op} and no field of {config.__name__}{f"; did you mean {near[0]}?" if near else "."}')
 
-def _config(student, place, n, epochs, lr, batch_size, seed, lasting, sft):
-    "`SFTConfig` with this project's defaults under the caller's `sft`"
-    from trl import SFTConfig
-    cpu,big = student.device.type=='cpu',student.n_params>1e9
-    steps = sft.get('max_steps') if sft.get('max_steps', -1)>0 else math.ceil(math.ceil(n/(batch_size*sft.get('gradient_accumulation_steps', 1)))*epochs)
-    ours = dict(data_seed=seed, lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
-                report_to='none', activation_checkpointing=sft.get('gradient_checkpointing', big), bf16=not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=not cpu)
+def _config(course, student, place, n, epochs, lr, batch_size, seed, lasting, sft):
+    "The trainer's config with this project's defaults under the caller's `sft`, and the number of steps"
+    cpu,big = sft.get('use_cpu', student.device.type=='cpu'),student.n_params>1e9
+    steps = sft.get('max_steps') if sft.get('max_steps', -1)>0 else math.ceil(math.ceil(n/(batch_size*sft.get('gradient_accumulation_steps', 1)*_world()))*epochs)
+    own = sft.copy()
+    ours = course.fields(own, big) | dict(data_seed=seed, lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
+                report_to='none', bf16=not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=not cpu)
     fixed = dict(output_dir=str(place), num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, seed=seed, disable_tqdm=True, use_cpu=cpu, logging_nan_inf_filter=False)
-    return SFTConfig(**(dict(max_length=None)|ours|{k:v for k,v in sft.items() if k!='gradient_checkpointing'}|fixed)),steps
+    return course.trl()[1](**(ours|own|fixed)),steps
 
-# %% ../../nbs/recover/40_tune.ipynb #c028
+# %% ../../nbs/recover/40_tune.ipynb #c031
 def _identity(student, ds, valid, **settings):
     "What makes two runs the same run, as plain JSON"
     what = dict(student=student.fingerprint, data=fingerprint(ds), valid=None if valid is None else fingerprint(valid), **settings)
@@ -317,7 +366,7 @@ def _claim(out, run, resume):
     if held.exists() and (diff := _differs(json.loads(held.read_text()), run)):
         raise ValueError(f'{out} holds another run ({diff}): give another out, or resume=False to throw that run away.')
     if not held.exists() and out.is_dir() and any(out.iterdir()): raise ValueError(f'{out} holds files that are no run of tune: give another out.')
-    try: out.mkdir(parents=True, exist_ok=True); _write(held, run)
+    try: out.mkdir(parents=True, exist_ok=True); _write(held, run) if not held.exists() else None
     except OSError as e: raise OSError(f'{out} cannot be written to ({_why(e)}): give another out.') from e
 
 def _room(out, student, lora):
@@ -327,7 +376,7 @@ def _room(out, student, lora):
     need = one+max(one, size)
     if free<need: raise OSError(f'{out} has room for {free/2**20:,.0f} MiB, but this run may need {need/2**20:,.0f} MiB for its checkpoints and its model: make room or give another out.')
 
-# %% ../../nbs/recover/40_tune.ipynb #c031
+# %% ../../nbs/recover/40_tune.ipynb #c034
 def _reborn(
     student, # LM as it was
     trained, # The trained module tree with the same parameter names
@@ -349,22 +398,75 @@ def _provenance(student, step):
     was = student.provenance or dict(format=1, teacher=student.name, teacher_fingerprint=student.fingerprint, teacher_n=student.n, kept=list(range(student.n)))
     return {**was, 'steps':was.get('steps', [])+[step]}
 
-# %% ../../nbs/recover/40_tune.ipynb #c032
-def _trainer(student, ds, place, lasting, lora, epochs, lr, batch_size, seed, every, show, stop, sft, **watched):
+# %% ../../nbs/recover/40_tune.ipynb #c035
+def _quantised(lm): return bool(getattr(lm.model, 'is_quantized', False))
+
+def _able(student, lora, merge):
+    "Refuse a student whose weights cannot be moved, before anything is made"
+    if any(p.is_meta for p in student.model.parameters()): raise ValueError(f'Some weights of {student.name} are offloaded, and a gradient needs them where they are used: load it quantised and give lora= and merge=False, or on more devices.')
+    if not _quantised(student): return
+    if lora is None: raise ValueError(f'{student.name} is quantised, and a weight of few bits does not move by small steps: give lora= and merge=False (QLoRA), or load it without quantization_config.')
+    if merge: raise ValueError(f'Adapters merged into the quantised weights of {student.name} would be rounded away: give merge=False, and merge them into the same model loaded without quantization_config.')
+    if any(student.silent.values()): raise ValueError(f'{student.name} is quantised and has silent halves, which adapters would wake: load it without quantization_config.')
+
+def _working(
+    student, # LM
+    lora,    # Adapters, or None
+):
+    "The model that is trained: a copy of the student, or, as adapters only read its weights, a module tree of its own around these"
+    if lora is None: return copy.deepcopy(student.model)
+    return _copied(student.model, lambda t: nn.Parameter(t.detach(), t.requires_grad) if type(t) is nn.Parameter else t)
+
+def _parted(model, lender, every=False):
+    "What `model` trains of the weights that the `lender` has (or every one) becomes its own"
+    theirs = {p.data_ptr() for p in lender.parameters()}
+    for p in model.parameters():
+        if (every or p.requires_grad) and p.data_ptr() in theirs: p.data = p.data.clone()
+    return model
+
+# %% ../../nbs/recover/40_tune.ipynb #c037
+def _world(): return int(os.environ.get('WORLD_SIZE', 1))
+def _sharded(): return _world()>1 and os.environ.get('ACCELERATE_USE_FSDP', '').lower()=='true'
+
+@contextmanager
+def _in_turn(
+    cpu=True, # Do the processes train on CPUs?
+):            # Is this the first?
+    "The first process of a run goes ahead, the others follow when it is through"
+    if _world()==1: yield True; return
+    from accelerate import PartialState
+    state = PartialState(cpu=cpu)
+    with state.main_process_first(): yield state.is_main_process
+
+def _gathered(model):
+    "Weights that are spread over processes, whole again in each of them"
+    from torch.distributed.tensor import DTensor
+    for m in model.modules():
+        for k,p in m._parameters.items():
+            if isinstance(p, DTensor): m._parameters[k] = nn.Parameter(p.full_tensor().cpu(), p.requires_grad)
+    return model
+
+def _whole_looks(valid, probe):
+    "Under FSDP no process has a model of its own to look at"
+    if _sharded() and (valid is not None or probe is not None): raise ValueError('Under FSDP no process has a whole model to look at during training: leave valid= and probe= out and judge the finished model, or train without FSDP.')
+
+# %% ../../nbs/recover/40_tune.ipynb #c038
+def _trainer(course, student, ds, place, lasting, lora, last, epochs, lr, batch_size, seed, every, show, stop, sft, **watched):
     "TRL's trainer, ready to run on a copy of the student"
     from transformers import PrinterCallback,TrainerCallback
-    from trl import SFTTrainer
-    model = copy.deepcopy(student.model)
-    if student.device.type=='cpu': model.float()
+    model = _working(student, lora)
+    if student.device.type=='cpu' and not _quantised(student): model.float()
+    if last is not None: _only(student._with(model), last)
     if not lora and not any(p.requires_grad for p in model.parameters()): raise ValueError(f'All weights of {student.name} are frozen (requires_grad=False): give lora=, or unfreeze some.')
-    args,steps = _config(student, place, len(ds), epochs, lr, batch_size, seed, lasting, sft)
+    args,steps = _config(course, student, place, len(ds), epochs, lr, batch_size, seed, lasting, sft)
     every = (every or max(1, steps//4)) if watched['probe'] or watched['valid'] else 0
-    kind = type('Tuner', (_Watched,_Atomic,_Guarded,_Quiet,SFTTrainer), {})
-    new = kind(model=model, args=args, train_dataset=ds, processing_class=copy.deepcopy(student.tokenizer), peft_config=lora)
+    kind = type('Tuner', (*course.mixins,_Watched,_Atomic,_Guarded,_Quiet,course.trl()[0]), {})
+    new = kind(model=model, args=args, train_dataset=course.laid(ds, steps, batch_size*args.gradient_accumulation_steps*args.world_size, seed), processing_class=copy.deepcopy(student.tokenizer), peft_config=lora)
+    _parted(model, student.model)
     new.remove_callback(PrinterCallback)
-    new.clock = type('Clock', (_Clock,TrainerCallback), {})(every, show, stop)
+    new.clock = type('Clock', (_Clock,TrainerCallback), {})(every, show, stop, course.op)
     new.add_callback(new.clock)
-    vars(new).update(student=student, lasting=lasting, free=None, began=0, seconds=0., tokens=torch.zeros(2, dtype=torch.long, device=args.device), **watched)
+    vars(new).update(student=student, lasting=lasting, free=None, began=0, seconds=0., tokens=torch.zeros(2, dtype=torch.long, device=args.device), **watched, **course.gear(student))
     return new
 
 def _run(trainer):
@@ -384,7 +486,7 @@ def _last_look(trainer):
     seen = [h for h in trainer.state.log_history if h['step']==trainer.state.global_step and 'loss' not in h]
     if trainer.clock.every and not seen: trainer.evaluate()
 
-# %% ../../nbs/recover/40_tune.ipynb #c033
+# %% ../../nbs/recover/40_tune.ipynb #c039
 @contextmanager
 def _unwarned():
     "Without warnings of the libraries about their future; off the main thread, filters that others set meanwhile are left"
@@ -407,20 +509,21 @@ def _calm():
         if logging.get_verbosity()==logging.ERROR: logging.set_verbosity(was)
 
 @contextmanager
-def _place(out, run, resume):
+def _place(out, run, resume, cpu=True):
     "`out`, claimed for this run; or a folder for the time being"
     if out is None:
         with tempfile.TemporaryDirectory(prefix='sdlab-') as tmp: yield Path(tmp)
     else:
-        _claim(out, run, resume)
+        with _in_turn(cpu) as first: _claim(out, run, resume or not first)
         yield out
 
-# %% ../../nbs/recover/40_tune.ipynb #c035
+# %% ../../nbs/recover/40_tune.ipynb #c041
 def tune(
     student,            # LM to start from; left as it is
     data,               # Rows: anything that `core.data.rows` reads, such as the set that `rewrite` made
     on='completion',    # Column whose text is learned: 'completion' (self-data), 'reference' (plain SFT), or any other
     lora=None,          # None: all weights. True, a rank, dict(rank=, targets=, alpha=, ...) or a PEFT config: adapters
+    last=None,          # Train only this many blocks, the last ones, and what comes after them: the final norm and the head (2411.15558)
     epochs=2,           # Passes over the rows
     lr=2e-4,            # Peak learning rate; cosine to zero after 5 % of warm-up
     batch_size=16,      # Rows per step and device
@@ -439,25 +542,35 @@ def tune(
     **sft               # Any field of TRL's `SFTConfig`, `max_length` and `gradient_checkpointing` included
 )->LM:                  # A new model; `config.sdlab` says how it was made
     "Supervised fine-tuning of `student` on what `on` says in every row: SFT, or self-data distillation (2410.09982). Random state, warnings filters and verbosity belong to the whole process: on the main thread they are as before afterwards; in another one the random generators stay where the run left them, and dropout and new adapters depend on who draws meanwhile (the order of the rows does not)"
-    _checked(sft)
-    config,longest = _spared(_lora(lora), student),sft.pop('max_length', None)
-    told = rows(data)
-    ds = labelled(student, told, on, longest)
+    return _train(_Course(), student, data, on, lora, last, epochs, lr, batch_size, seed, probe, probe_every, out, resume, merge, progress, valid, stop, patience, watch, higher, **sft)
+
+# %% ../../nbs/recover/40_tune.ipynb #c043
+def _train(course, student, data, on='completion', lora=None, last=None, epochs=2, lr=2e-4, batch_size=16, seed=0, probe=None, probe_every=None, out=None,
+           resume=True, merge=True, progress=True, valid=None, stop=None, patience=None, watch='valid_loss', higher=False, **sft):
+    "`student`, healed by `course`; the arguments are those of `tune`"
+    _checked(sft, course)
+    config,longest,told = _spared(_lora(lora), student),sft.pop('max_length', None),rows(data)
+    course.check(student, told)
+    if last is not None: _sound(student, last, config)
+    _able(student, config, merge)
+    _whole_looks(valid, probe)
+    ds = course.rows(student, told, on, longest)
     held = None if valid is None else labelled(student, valid, on, longest)
     if patience is not None and held is None and probe is None: raise ValueError('Early stopping needs something to watch: give valid rows or a probe.')
-    how = dict(on=on, lora=_told(config), epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, max_length=longest, sft=sft)
+    how = course.told | dict(on=on, lora=_told(config), epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, max_length=longest, sft=sft) | ({} if last is None else dict(last=last))
     run = _identity(student, told, held, rows=len(ds), **how, merge=merge, **({} if patience is None else dict(patience=patience, watch=watch, higher=higher, probe_every=probe_every)))
-    with _place(None if out is None else Path(out), run, resume) as place, _calm():
+    with _place(None if out is None else Path(out), run, resume, sft.get('use_cpu', student.device.type=='cpu')) as place, _calm():
         if out is not None and (done := _finished(student, place)): return done
         if out is not None: _room(place, student, config)
-        trainer = _trainer(student, ds, place, out is not None, config, epochs, lr, batch_size, seed, probe_every, progress, stop, sft,
+        trainer = _trainer(course, student, ds, place, out is not None, config, last, epochs, lr, batch_size, seed, probe_every, progress, stop, sft,
                            valid=_batched(student, held, batch_size), probe=probe, patience=patience, watch=watch, higher=higher)
-        step = dict(op='tune', data=run['data'], rows=len(ds), **how, **_done(trainer, _run(trainer)), versions=_versions())
-        healed = _healed(student, trainer.model, config, merge, json.loads(json.dumps(step, default=str)))
-        if out is not None: _store(healed, place, merge)
+        step = dict(op=course.op, data=run['data'], rows=len(ds), **how, **_done(trainer, _run(trainer)), versions=_versions())
+        healed = _healed(student, _gathered(trainer.model), config, merge, json.loads(json.dumps(step, default=str)), course.done)
+        if out is not None and trainer.args.should_save: _store(healed, place, merge)
+        trainer.accelerator.wait_for_everyone()
     return healed
 
-# %% ../../nbs/recover/40_tune.ipynb #c036
+# %% ../../nbs/recover/40_tune.ipynb #c044
 def _batched(lm, ds, size):
     "Labelled rows as batches for `scan`"
     if ds is None: return None
@@ -476,11 +589,11 @@ def _table(history):
     log = pd.DataFrame(history or {'step':[]}).groupby('step', as_index=False).first().drop(columns='epoch', errors='ignore')
     return log.loc[:, log.notna().any() | (log.columns=='step')]
 
-def _healed(student, trained, config, merge, step):
+def _healed(student, trained, config, merge, step, done):
     "The trained weights as a new LM"
-    prov,name = _provenance(student, step),f'{student.name} tuned'
+    prov,name = _provenance(student, step),f'{student.name} {done}'
     if config is None or merge:
-        new = student._with(_reborn(student, trained.merge_and_unload() if config is not None else trained), name)
+        new = student._with(_reborn(student, _parted(trained, student.model, every=True).merge_and_unload() if config is not None else trained), name)
     else:
         from peft import get_peft_model,get_peft_model_state_dict,set_peft_model_state_dict
         new = get_peft_model(copy.deepcopy(student.model), config)
@@ -489,7 +602,7 @@ def _healed(student, trained, config, merge, step):
     new.config.sdlab = prov
     return new
 
-# %% ../../nbs/recover/40_tune.ipynb #c037
+# %% ../../nbs/recover/40_tune.ipynb #c045
 def _store(lm, place, merge):
     "The finished model in `place`, there whole or not at all; what only resuming needs is removed"
     tmp = place/'partial'
@@ -511,9 +624,9 @@ def _finished(student, place):
     lm.config.sdlab = done['provenance']
     return lm
 
-# %% ../../nbs/recover/40_tune.ipynb #c041
+# %% ../../nbs/recover/40_tune.ipynb #c049
 def _step(lm):
-    steps = [s for s in lm.provenance.get('steps', []) if s['op']=='tune']
+    steps = [s for s in lm.provenance.get('steps', []) if 'log' in s]
     if not steps: raise ValueError(f'{lm.name} was never tuned: its provenance has no such step.')
     return steps[-1]
 
