@@ -324,13 +324,14 @@ class _Course:
         return SFTTrainer,SFTConfig
     def check(self, student, told): "Refuse what cannot be learned from"
     def rows(self, student, told, on, longest): return labelled(student, told, on, longest)
-    def fields(self, sft, big): return dict(max_length=None, activation_checkpointing=sft.pop('gradient_checkpointing', big))
+    def takes(self): return self.trl()[1] # whose fields the caller may set
+    def fields(self, sft, big, steps): return dict(max_length=None, activation_checkpointing=sft.pop('gradient_checkpointing', big))
     def laid(self, ds, steps, batch, seed): return ds
     def gear(self, student): return {} # more attributes for the trainer
 
 def _checked(sft, course):
     "Refuse what is no field of the trainer's config, or one that has a name of its own here"
-    config = course.trl()[1]
+    config = course.takes()
     for k in sft:
         if k in course.names: raise TypeError(f'{k} is called {course.names[k]} here.')
         if k in config.__dataclass_fields__ or k=='max_length': continue
@@ -342,7 +343,7 @@ def _config(course, student, place, n, epochs, lr, batch_size, seed, lasting, sf
     cpu,big = sft.get('use_cpu', student.device.type=='cpu'),student.n_params>1e9
     steps = sft.get('max_steps') if sft.get('max_steps', -1)>0 else math.ceil(math.ceil(n/(batch_size*sft.get('gradient_accumulation_steps', 1)*_world()))*epochs)
     own = sft.copy()
-    ours = course.fields(own, big) | dict(data_seed=seed, lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
+    ours = course.fields(own, big, steps) | dict(data_seed=seed, lr_scheduler_type='cosine', warmup_steps=.05, logging_steps=max(1, steps//100), save_strategy='steps' if lasting else 'no', save_steps=max(1, steps//10),
                 report_to='none', bf16=not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=not cpu)
     fixed = dict(output_dir=str(place), num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, seed=seed, disable_tqdm=True, use_cpu=cpu, logging_nan_inf_filter=False)
     return course.trl()[1](**(ours|own|fixed)),steps
