@@ -8,6 +8,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))                       # tests may import sync, run_notebooks and each other's helpers
+from forks import WARM, warm
+warm(WARM)                                          # loaded when the first of them is forked
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests that take minutes too')

@@ -31,10 +31,11 @@ def answers(say, wait=0, asked=None):
 def numbered(n): return [dict(prompt=f'What is {i}+1?', completion=f'It is #### {i+1}') for i in range(n)]
 def right(p): return f'So #### {int(p.split()[2][:-3])+1}'
 
-if __name__=='__main__':
-    out, wait, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+def main(out, wait, n):
     rank = os.environ.get('RANK', '0')
     log = open(Path(out).parent/f'asked-{rank}.txt', 'a', buffering=1)
     R.prompt_ids, R.generate = noted, answers(right, wait, lambda p: log.write(p+'\n'))
     ds = R.rewrite(Teacher(), numbered(n), template='{prompt} is {reference}', out=out, progress=False, patience=60)
     print(json.dumps(dict(rank=rank, rows=len(ds), fingerprint=fingerprint(ds), kept=ds['source'].count('teacher'))))
+
+if __name__=='__main__': main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

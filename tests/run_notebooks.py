@@ -1,22 +1,30 @@
 """python tests/run_notebooks.py [PATH ...] [--workers 2] [--timeout 600] [--flags slow]
 
 Execute notebooks (all of nbs/ by default; paths may be notebooks or folders), each in a process of its own that is ended when its time is up.
-Cells marked `#| slow` or `#| gpu` are left out unless asked for. Nothing is written. A path that holds no notebook is an error."""
-import argparse, os, signal, subprocess, sys, time
+Cells marked `#| slow` or `#| gpu` are left out unless asked for. Nothing is written. A path that holds no notebook is an error.
+
+Many notebooks begin with the same seconds of imports. So that these are paid once, their processes are forked from one that has loaded the
+libraries of others and has run nothing; of sdlab it knows nothing, and no notebook sees what another one did."""
+import argparse, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = str(Path(__file__).resolve().parent)
+sys.path.insert(0, HERE)
+from forks import Fork, WARM, warm
 from sync import ROOT, notebooks
 
-_child = '''
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-ok, _ = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), force_flags=sys.argv[2].split(), basepath=get_config().config_path)
-sys.exit(not ok)
-'''
+ENV = dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
+
+def execute(path, flags):
+    "What nbdev_test does with one notebook"
+    sys.path[:] = ['', *(p for p in sys.path if p!=HERE)]               # helpers of the tests are no part of a notebook's world
+    import nbdev.test
+    from nbdev.config import get_config
+    nbdev.test.CaptureShell = partial(nbdev.test.CaptureShell, mpl_format='png')   # nobody sees the figures: not at twice the size
+    ok, _ = nbdev.test.test_nb(Path(path), skip_flags=get_config().tst_flags.split(), force_flags=flags.split(), basepath=get_config().config_path)
+    sys.exit(not ok)
 
 def find(paths, root=ROOT): # Notebooks under `paths`, in the order of the book
     "The notebooks meant by `paths`; a path that means none is an error"
@@ -28,20 +36,14 @@ def find(paths, root=ROOT): # Notebooks under `paths`, in the order of the book
         out += mine
     return sorted(set(out))
 
-def end(p):
-    "End a process and all that it started"
-    try: os.killpg(p.pid, signal.SIGKILL)
-    except ProcessLookupError: pass
-    return p.communicate()
-
 def run(path, timeout=600, flags='', root=ROOT): # (path, seconds, what went wrong or '')
     "Execute one notebook in a process group of its own"
-    env = {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': '1', **os.environ}
+    for k,v in ENV.items(): os.environ.setdefault(k, v)
     t = time.time()
-    p = subprocess.Popen([sys.executable, '-c', _child, str(path), flags], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try: out, _ = p.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired: return path, time.time()-t, f'not finished after {timeout:.0f} s\n{(end(p)[0] or "")[-4000:]}'
-    return path, time.time()-t, f'exit status {p.returncode}\n{out[-8000:]}' if p.returncode else ''
+    p = Fork(execute, str(path), flags, cwd=root)
+    try: wrong = f'exit status {p.returncode}\n{p.said()[-8000:]}' if p.wait(timeout) else ''
+    except TimeoutError as e: wrong = str(e)
+    return path, time.time()-t, wrong
 
 def main(argv=None, root=ROOT):
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,6 +53,7 @@ def main(argv=None, root=ROOT):
     a.add_argument('--flags', default='', help='cells to run that are left out otherwise: slow, gpu')
     a = a.parse_args(argv)
     nbs, failed = find(a.paths, root), []
+    if len(nbs)>3: warm([*WARM, 'nbdev.test'])                           # for fewer it would not pay
     with ThreadPoolExecutor(a.workers) as pool:
         for path,s,wrong in pool.map(lambda p: run(p, a.timeout, a.flags, root), nbs[::-1]): # the tutorials, which take longest, first
             print(f"{'FAILED' if wrong else 'ok':6} {s:6.1f} s  {path.relative_to(root)}", flush=True)

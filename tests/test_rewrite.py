@@ -2,6 +2,8 @@
 import json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+import rewriter
+from forks import Fork
 import sdlab.distill.rewrite as R
 from sdlab.core.data import Text, fingerprint, rows
 from sdlab.distill.rewrite import TEMPLATES, Template, ledger, rewrite, summary, verdict
@@ -208,12 +210,11 @@ def test_one_writer_at_a_time(say, tmp_path):
 
 # other processes
 def run(out, wait=0, n=30, **env):
-    return subprocess.Popen([sys.executable, SCRIPT, str(out), str(wait), str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return Fork(rewriter.main, str(out), wait, n, env=env)
 
 def result(p):
-    said, err = p.communicate(timeout=500)
-    assert p.returncode==0, err
-    return json.loads(said.splitlines()[-1])
+    assert p.wait(500)==0, p.said()
+    return json.loads(p.said().splitlines()[-1])
 
 def asked_by(folder): return [l for f in sorted(folder.glob('asked-*.txt')) for l in f.read_text().splitlines()]
 
@@ -221,8 +222,7 @@ def test_kill_9(tmp_path):
     out, path = tmp_path/'out', tmp_path/'out'/'rewrite-0.jsonl'
     p, stop = run(out, .05), time.monotonic()+400
     while time.monotonic()<stop and not (path.exists() and path.read_bytes().count(b'\n')>8): time.sleep(.01)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    p.kill()
     done = len(ledger(out))
     assert 8<=done<30
     r = result(run(out))

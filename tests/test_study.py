@@ -1,12 +1,11 @@
 "lab.study where it is stopped: killed in each stage, interrupted, given the wrong folder; and real models with real texts"
-import json, signal, subprocess, sys
+import json, signal
 from pathlib import Path
 import pandas as pd, pytest, torch
 import walker
 import sdlab.lab.study as S
+from forks import Fork
 from sdlab.lab.cli import main
-
-SCRIPT = str(Path(walker.__file__))
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory): return walker.walk(tmp_path_factory.mktemp('whole')/'s')
@@ -26,8 +25,8 @@ def test_kill_9_in_each_stage(tmp_path, whole):
     "One study, killed ten times, each time a stage later: what was finished is not done again, and the end is the same"
     out, marks = tmp_path/'s', {}
     for stage in walker.STAGES:
-        p = subprocess.run([sys.executable, SCRIPT, str(out), stage], capture_output=True, text=True, timeout=600)
-        assert p.returncode==-signal.SIGKILL, p.stderr[-2000:]
+        p = Fork(walker.die, str(out), stage)
+        assert p.wait()==-signal.SIGKILL, p.said()[-2000:]
         assert not (out/stage/'done.json').exists() and not (out/'report.html').exists()
         now = {str(m): m.stat().st_mtime_ns for m in out.rglob('done.json') if 'run' not in m.parts}
         assert all(now[k]==t for k,t in marks.items()), stage       # what was finished was left alone

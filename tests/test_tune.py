@@ -1,8 +1,9 @@
 "What would not teach about tuning: exact tokens, families, resuming, refusing, and that nothing is touched"
-import copy, json, math, os, random, signal, subprocess, sys, textwrap
+import copy, json, math, os, random, signal, sys
 from pathlib import Path
 import pytest, torch
 import families
+from forks import Fork
 from sdlab.core.data import encode, rows
 from sdlab.core.model import LM, load
 from sdlab.recover.tune import labelled, learning_curve, training_log, tune
@@ -376,19 +377,15 @@ def test_half_a_checkpoint_is_none(lm, data, tmp_path):
     (tmp_path/'run'/'checkpoint-5').mkdir()
     assert tune(lm, data, **how, **quiet).provenance['steps'][-1]['steps'] == 6
 
+def killed(out):
+    def show(row):
+        if row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)
+    tune(small(), echo(), epochs=2, lr=1e-3, batch_size=8, save_steps=2, out=out, progress=show)
+
 def test_kill_9(tmp_path, data):
     "Killed by the system in the middle, run again: the same model as an undisturbed run"
-    code = '''
-        import os, sys, signal
-        sys.path.insert(0, {tests!r})
-        import test_tune as t
-        from sdlab.recover.tune import tune
-        def show(row):
-            if {kill} and row['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)
-        tune(t.small(), t.echo(), epochs=2, lr=1e-3, batch_size=8, save_steps=2, out={out!r}, progress=show)
-    '''
-    def go(kill): return subprocess.run([sys.executable, '-c', textwrap.dedent(code.format(tests=str(Path(__file__).parent), out=str(tmp_path/'run'), kill=kill))], capture_output=True, text=True, timeout=900)
-    assert go(True).returncode == -signal.SIGKILL
+    p = Fork(killed, str(tmp_path/'run'))
+    assert p.wait() == -signal.SIGKILL, p.said()[-2000:]
     assert (tmp_path/'run'/'checkpoint-4').is_dir() and not (tmp_path/'run'/'model').exists()
     again = tune(small(), data, epochs=2, lr=1e-3, batch_size=8, save_steps=2, out=tmp_path/'run', **quiet)
     assert close(state(again), state(tune(small(), data, epochs=2, lr=1e-3, batch_size=8, save_steps=2, **quiet)), 1e-5)

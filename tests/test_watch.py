@@ -3,6 +3,7 @@ import json, os, signal, subprocess, sys, textwrap, threading, time
 from pathlib import Path
 import pandas as pd, pytest, torch
 import families
+from forks import Fork
 from sdlab.core.answers import Task
 from sdlab.core.data import rows
 from sdlab.core.model import LM, load
@@ -141,22 +142,29 @@ SCRIPT = '''
     import os, signal, sys, time
     sys.path.insert(0, {tests!r})
     import test_watch as t
+    if __name__ == '__main__':
+        w = t.make({out!r}, probe=lambda lm: dict(looks=0))
+        w.start()
+        t.until(lambda: len(w.log) > 1)
+'''
+
+def killed(out):
     looks = []
     def probe(lm):
         looks.append(1)
-        {act}
+        if len(looks) == 3: os.kill(os.getpid(), signal.SIGKILL)
         return dict(looks=0)
-    if __name__ == '__main__':
-        w = t.make({out!r}, probe=probe)
-        {go}
-'''
-def script(out, act='', go='w.run()'): return [sys.executable, '-c', textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), act=act, go=go))]
+    make(out, probe=probe).run()
+
+def slowly(out, seconds=.3):
+    def probe(lm): time.sleep(seconds); return dict(looks=0)
+    make(out, probe=probe).run()
 
 def test_kill_9(tmp_path, whole):
     "Killed while it looks at step 4: the folder tells what was seen, the same call goes on from its last checkpoint, and the end is the same"
     out = tmp_path/'run'
-    p = subprocess.run(script(out, 'if len(looks) == 3: os.kill(os.getpid(), signal.SIGKILL)'), capture_output=True, text=True, timeout=600)
-    assert p.returncode == -signal.SIGKILL, p.stderr[-2000:]
+    p = Fork(killed, str(out))
+    assert p.wait() == -signal.SIGKILL, p.said()[-2000:]
     with open(out/'events.jsonl', 'a') as f: f.write('{"kind": "row", "ar')                         # and half a line
     seen = Watch.open(out)
     assert not seen.running and states(seen) == ['killed', 'waiting'] and seen.log.step.tolist() == [0, 1, 2, 3, 4] and not seen.students
@@ -170,7 +178,7 @@ def test_kill_9(tmp_path, whole):
 def test_from_another_process(tmp_path):
     "Seen while it runs, kept out, and stopped in order from outside"
     out = tmp_path/'run'
-    p = subprocess.Popen(script(out, 'time.sleep(.3)', 'w.run()'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = Fork(slowly, str(out))
     try:
         until(lambda: (out/'events.jsonl').exists() and Watch.open(out).log.step.max() >= 1)
         seen = Watch.open(out)
@@ -179,8 +187,8 @@ def test_from_another_process(tmp_path):
         late.start().wait(60)
         with pytest.raises(ValueError, match='being written to by another run'): late.check()
         seen.stop()
-        assert p.wait(120) == 0, p.stderr.read()[-2000:]
-    finally: p.kill(); p.communicate()
+        assert p.wait(120) == 0, p.said()[-2000:]
+    finally: p.kill()
     assert not seen.running and states(seen)[0] in ('stopped', 'finished')
     assert seen.students['SFT'].provenance['steps'][-1]['steps'] == seen.log[seen.log.arm == 'SFT'].step.max()
 
@@ -195,7 +203,7 @@ def test_a_stop_asked_of_another_process_is_left(tmp_path):
 
 def test_a_program_that_ends_pauses(tmp_path):
     "No crash in a thread that is torn away, and nothing is taken for finished"
-    p = subprocess.run(script(tmp_path/'run', go='w.start(); t.until(lambda: len(w.log) > 1)'), capture_output=True, text=True, timeout=600)
+    p = subprocess.run([sys.executable, '-c', textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path/'run')))], capture_output=True, text=True, timeout=600)
     assert p.returncode == 0 and 'Error' not in p.stderr, p.stderr[-2000:]
     assert states(Watch.open(tmp_path/'run'))[0] in ('paused', 'finished')
 
@@ -390,7 +398,7 @@ def test_a_conversation_is_one_question():
 def test_a_run_in_another_process_is_followed(tmp_path):
     "The picture of a reopened run moves while that runs"
     out = tmp_path/'run'
-    p = subprocess.Popen(script(out, 'time.sleep(.5)'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = Fork(slowly, str(out), .5)
     try:
         until(lambda: (out/'events.jsonl').exists() and len(Watch.open(out).log))
         seen = Watch.open(out)
@@ -399,8 +407,8 @@ def test_a_run_in_another_process_is_followed(tmp_path):
         until(lambda: sum(len(s['x']) for s in v.loss.series) > n)
         assert not v.stop.disabled and v.start.disabled
         v.stop.click()
-        assert p.wait(120) == 0, p.stderr.read()[-2000:]
+        assert p.wait(120) == 0, p.said()[-2000:]
         seen.wait(60)
         assert v.stop.disabled and states(seen)[0] in ('stopped', 'finished')
         seen.close()
-    finally: p.kill(); p.communicate()
+    finally: p.kill()

@@ -1,4 +1,4 @@
-"A whole small study, to be killed in a stage and started again: python walker.py OUT [STAGE]"
+"A whole small study, to be killed in a stage and started again"
 import os, random, signal, sys
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -25,7 +25,6 @@ def killed_at(out, stage):
         write(path, value)
     S._write = deadly
 
-if __name__=='__main__':
-    out, *at = sys.argv[1:]
-    if at: killed_at(out, at[0])
+def die(out, stage):
+    killed_at(out, stage)
     walk(out)
