@@ -354,11 +354,11 @@ def importance_steps(
 # %% ../../nbs/measure/11_importance.ipynb #c031
 def deepest(
     lm, # The model, an `LM`, or its number of blocks
-)->Scores: # Of blocks: the last has the highest score, the one before it the lowest
+)->Scores: # Of blocks: the one before the last has the lowest score, and the last more than all others together, so that no sum makes up for it
     "The deepest blocks but the last go first (the simple heuristic of Gromov et al. 2403.17887)"
     n = lm if isinstance(lm, int) else lm.n
     v = torch.arange(n-1, -1, -1, dtype=torch.float64)
-    v[-1] = n
+    v[-1] = n*(n+1)/2
     return Scores('depth, the last block spared', v, kept=None if isinstance(lm, int) else lm.kept)
 
 def random_spans(
