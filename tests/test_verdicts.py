@@ -8,7 +8,7 @@ from sdlab.core.model import LM
 from sdlab.judge.health import health, looping, repeated
 from sdlab.judge.recovery import Recovery
 from sdlab.judge.score import score, score_all
-from sdlab.judge.shift import shift, surprise
+from sdlab.judge.shift import shift
 import sdlab.judge.harness as H
 from sdlab.judge.harness import OPENLLM_V1, harness
 
@@ -74,12 +74,11 @@ def test_divergence_by_hand(arms):
 
 def shift_ended(m, prompt, n): return bool(score(m, Task('t', [dict(prompt=prompt, completion='x')], rule='exact', max_new_tokens=n)).ended[0])
 
-def test_surprise_is_a_likelihood(arms):
+def test_data_under_the_teacher(arms):
     rows = [dict(prompt='a?', completion='yes'), dict(prompt='b?', completion='no it is not')]
-    got = surprise(arms['teacher'], dict(x=rows)).iloc[0]
+    got = shift(arms, arms['teacher'], ['a', 'b'], dict(x=rows), max_new_tokens=3)
     want = score(arms['teacher'], Task('x', rows, 'perplexity'))
-    assert got.value == pytest.approx(want.nll.sum()/want.tokens.sum()) and got.tokens == want.tokens.sum() and got.n == 2 and got.perplexity == pytest.approx(math.exp(got.value))
-    with pytest.warns(UserWarning, match='longer than'), pytest.raises(ValueError, match="No token counts in 'x'"): surprise(arms['teacher'], dict(x=[dict(prompt='a'*200, completion='b')]))
+    assert got.data.nats_per_token[0] == pytest.approx(want.nll.sum()/want.tokens.sum()) and got.data.n[0] == 2 and 'nats per token' in got._repr_html_() and 'Surprise' in repr(got)
 
 def test_embeddings_are_never_fetched(arms, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'sentence_transformers', None)
