@@ -108,14 +108,17 @@ class House:
         return {**os.environ, **h, _mark: str(self.home), _mark+'_PARENT': str(os.getpid()), 'PYTHONPATH': path, 'JUPYTER_PLATFORM_DIRS': '0', 'PYTHONDONTWRITEBYTECODE': '1',
                 'HF_HUB_OFFLINE': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'TOKENIZERS_PARALLELISM': 'false', 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1'), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
 
-    def copy(self, nb, name=None, leave=''): # Path of the copy
-        "A notebook to run: a path in the checkout, or a list of sources of code cells; without outputs, cells marked slow and lines that match `leave`, with a last line that says that all have run"
+    def copy(self, nb, name=None, leave='', swap={}): # Path of the copy
+        "A notebook to run: a path in the checkout, or a list of sources of code cells; without outputs, cells marked slow and lines that match `leave`, with words swapped by `swap`, and with a last line that says that all have run"
         if isinstance(nb, list): cells, name = [dict(cell_type='code', source=s) for s in nb], name or 'made.ipynb'
         else:
             p = ROOT/nb
             cells, name = json.loads(p.read_text(encoding='utf-8'))['cells'], name or p.name
         cells = [c for c in cells if not re.match(r'#\|\s*(slow|gpu)\b', ''.join(c['source']))]
         if leave: cells = [{**c, 'source': '\n'.join(l for l in ''.join(c['source']).split('\n') if c['cell_type']!='code' or not re.search(leave, l))} for c in cells]
+        for a,b in swap.items():
+            assert any(a in ''.join(c['source']) for c in cells), f'{a} is not in {name}'
+            cells = [{**c, 'source': ''.join(c['source']).replace(a, b)} for c in cells]
         cells.append(dict(cell_type='code', source=f"print('every cell', {SENTINEL.split(' ', 2)[2]!r})"))
         clean = lambda i, c: dict(cell_type=c['cell_type'], id=f'c{i:03d}', metadata={}, source=c['source'], **(dict(execution_count=None, outputs=[]) if c['cell_type']=='code' else {}))
         kernel = dict(display_name='python3', language='python', name='python3')

@@ -2,8 +2,9 @@
 
 Six blocks that differ from one another (mixed kinds of attention, windows shorter than the text, dense blocks among
 mixtures), weights large enough that the greedy token is never a near-tie, and a tokenizer of single characters."""
-import string
-import torch
+import json, re, string
+import torch, transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 L, VOCAB, WINDOW = 6, 100, 5
@@ -62,6 +63,18 @@ def tiny(name, seed=0, **kwargs):
     "A random model of a family"
     torch.manual_seed(seed)
     return loud(AutoModelForCausalLM.from_config(config(name, **kwargs)), seed)
+
+
+def plain(folder, n):
+    "What programs other than transformers read of a checkpoint of `n` blocks: no code of its own, tensors numbered from 0 without a gap, lists as long as the model is deep"
+    c = json.loads((folder/'config.json').read_text())
+    assert 'auto_map' not in c and not list(folder.glob('*.py')) and hasattr(transformers, c['architectures'][0]), c
+    assert n==next(c[k] for k in ('num_hidden_layers', 'n_layer') if k in c)
+    with safe_open(folder/'model.safetensors', 'pt') as f: found = {int(m[1]) for k in f.keys() if (m := re.search(r'\.(?:layers|h)\.(\d+)\.', k))}
+    assert found==set(range(n)), found
+    for k, v in c.items():
+        if not isinstance(v, list) or k=='architectures': continue
+        assert all(i<n for i in v) if k=='mlp_only_layers' else len(v)==n, (k, v)    # numbers of blocks, or an entry for each
 
 
 def tokenizer(chat=False, pad=True):

@@ -1,4 +1,4 @@
-"The same measurements by one process or by several: torchrun sharer.py OUT [fault]"
+"The same measurements by one process or by several: torchrun sharer.py OUT; then once more with a text that is at fault"
 import json, os, sys
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -22,11 +22,13 @@ def measured(fault=False):
     angles, steps, seen, lik = scan(lm, bs, Pairs(pair_angles), Steps(), Seen(), Likelihood())
     here = sum(read)
     return dict(read=here, angles=angles.mean.tolist(), error=angles.stderr.tolist(), steps=steps.mean.tolist(), nll=lik['nll'].tolist(), data=seen['data'],
-                cka=cka(lm, other, TEXTS, batch_size=2).matrix.nan_to_num(-1).tolist())
+                cka=cka(lm, other, TEXTS, batch_size=2).matrix.nan_to_num(-1).tolist(),
+                tokens=cka(lm, other, TEXTS, batch_size=2, group=4, examples='tokens', tokens_per_text=3, kernel='rbf').matrix.nan_to_num(-1).tolist())
 
 if __name__=='__main__':
     torch.distributed.init_process_group('gloo')
-    try: got = measured(*[True]*(len(sys.argv)>2))
-    except ValueError as e: got = str(e)
+    got = [measured()]
+    try: got.append(measured(fault=True))
+    except ValueError as e: got.append(str(e))
     (Path(sys.argv[1])/f'{torch.distributed.get_rank()}.json').write_text(json.dumps(got))
     torch.distributed.destroy_process_group()

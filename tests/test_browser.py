@@ -22,8 +22,8 @@ def lab(chrome, house): return house.lab()
 def opened(chrome, lab, house):
     "Opens a notebook in JupyterLab; afterwards nothing may have asked the outside or complained"
     screens = []
-    def open(nb, name=None, leave='', **kwargs):
-        screens.append(chrome.lab(lab, house.copy(nb, name, leave), **kwargs))
+    def open(nb, name=None, leave='', swap={}, **kwargs):
+        screens.append(chrome.lab(lab, house.copy(nb, name, leave, swap), **kwargs))
         return screens[-1]
     yield open
     for s in screens: s.close()
@@ -246,8 +246,9 @@ def nothing_left(s, seconds=30):
 
 # -- in JupyterLab
 
-def test_choose_a_cut(opened, pictures):
-    s = opened('nbs/tutorials/choose_a_cut.ipynb', leave=r'\.close\(\)')                        # its last cell puts the instrument away
+def test_choose_a_cut(opened, pictures, request):
+    fewer = {} if request.config.getoption('--screenshots') else {'sample=24, most=128': 'sample=6, most=64'}   # texts for the exact map: the notebook itself is run with all
+    s = opened('nbs/tutorials/choose_a_cut.ipynb', leave=r'\.close\(\)', swap=fewer)            # its last cell puts the instrument away
     s.run_all(300)
     s.kernel.ask(do="me_ = next(o for o in globals().values() if type(o).__name__=='Picker' and not o.closed)")
     box = s.page.locator('.jp-OutputArea-output', has=s.page.locator('.sdlab-tried')).first

@@ -1,7 +1,7 @@
 """Every family of causal language models: found, measured, cut, saved, reloaded in a process that has never seen sdlab."""
 import copy, hashlib, json, subprocess, sys
 import pytest, torch
-from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, tiny, tokenizer
+from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, plain, tiny, tokenizer
 from sdlab.compress.depth import prune, without
 from sdlab.core.data import batches, decode
 from sdlab.core.model import LM, generate, load, silent_modules
@@ -44,7 +44,7 @@ def bare(tmp_path_factory):
         raise RuntimeError('the bare process ended')
     yield ask
     p.stdin.close()
-    p.wait(20)
+    p.wait(120)
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +122,7 @@ def check(lm, plan, folder, bare):
     with torch.no_grad():
         for p in cut.model.parameters(): p.add_(0.)                     # it may be written to
     got = bare(cut.save(folder))
+    plain(folder, cut.n)
     assert not got['odd'] and not got['sdlab']
     assert got['tied'] == (cut.model.get_input_embeddings().weight is cut.model.get_output_embeddings().weight)
     torch.testing.assert_close(torch.tensor(got['logits']), logits(cut), rtol=0, atol=1e-5)
