@@ -6,7 +6,7 @@
 __all__ = ['OPENLLM_V1', 'harness']
 
 # %% ../../nbs/judge/55_harness.ipynb #c002
-import difflib,hashlib,json,logging,math,os,re
+import difflib,hashlib,json,logging,os,re
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
