@@ -110,7 +110,7 @@ class _Reader:
         "The last `m` tokens of every row through the model"
         dev,W,n = self.lm.device,self.width+m,torch.tensor(n)[:,None]
         pad = self.lm.tokenizer.pad_token_id or 0
-        kw = dict(input_ids=torch.tensor([[pad]*(m-len(o))+o[-m:] for o in rows]), attention_mask=(torch.arange(W)>=W-n).long(),
+        kw = dict(input_ids=torch.tensor([[pad]*(m-len(o))+o[-m:] for o in rows]).clamp(max=self.lm.vocab-1), attention_mask=(torch.arange(W)>=W-n).long(),
                   position_ids=(n-m+torch.arange(m)).clamp(min=0))
         kw = {k:v.to(dev) for k,v in kw.items()}|dict(past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         kw = {k:v for k,v in kw.items() if k in self.known}
@@ -237,6 +237,7 @@ class Drafted:
     k:int              # Tokens drafted in a round, at most
     temperature:float  # 0: greedy
     texts:tuple        # What was written, in the order of the prompts
+    ids:tuple          # The same as lists of token ids, with the stop token where one was said
     rounds:object      # `DataFrame`, a row per prompt and round: `prompt`, `round`, `drafted`, `accepted`, `emitted`
     work:object        # `DataFrame`, a row per part that was run: `part`, `blocks`, `calls` (passes of a batch), `tokens`, `block_calls`, `macs`
     cost_ratio:float   # MACs of a drafted token over those of one of the teacher's
@@ -315,7 +316,7 @@ def _lines(o):
     if o.alone is None: return out
     return out+[('speed-up measured', f'{s["measured"]:.2f} (one run of each)')]+[('texts that are those of the teacher alone', f'{o.same:.1%}')]*(not o.temperature)
 
-# %% ../../nbs/judge/52_draft.ipynb #c023
+# %% ../../nbs/judge/52_draft.ipynb #c027
 def _check(drafter, teacher, k, temperature, batch_size, prompts):
     "One sentence on what is wrong, before anything is run"
     for o in (drafter, teacher):
@@ -337,7 +338,7 @@ def _tables(ids, limit, seed, temperature):
     if not temperature: return [torch.zeros(3, n) for n in limit]
     return [torch.stack(o) for o in zip(*(_uniforms(ids, limit, s) for s in (seed, f'{seed} keep', f'{seed} replace')))]
 
-# %% ../../nbs/judge/52_draft.ipynb #c024
+# %% ../../nbs/judge/52_draft.ipynb #c028
 def _rate(lm):
     "MACs of a token in the matrices and the head"
     c = cost(lm)
@@ -355,18 +356,18 @@ def _table(work):
     return pd.DataFrame([dict(part=k, blocks=lm.n, calls=calls, tokens=tokens, block_calls=lm.n*calls, macs=of[k].linear*tokens+of[k].head*heads) for k,(lm,calls,tokens,heads) in work.items()])
 
 def _all(make, teacher, ids, limit, us, k, temperature, batch_size, bonus, progress):
-    "Every prompt, the longest first: texts, rounds, and what was run"
+    "Every prompt, the longest first: what was said, rounds, and what was run"
     import pandas as pd
     from tqdm.auto import tqdm
-    order,texts,rounds,work = sorted(range(len(ids)), key=lambda i: -len(ids[i])),[None]*len(ids),[],{}
+    order,new,rounds,work = sorted(range(len(ids)), key=lambda i: -len(ids[i])),[None]*len(ids),[],{}
     with tqdm(total=len(ids), disable=not progress, desc='drafting') as bar:
         for b in range(0, len(order), batch_size):
             some = order[b:b+batch_size]
-            def ended(i, new): texts[some[i]] = decode(teacher.tokenizer, [t for t in new if t not in teacher.stops]); bar.update()
+            def ended(i, o): new[some[i]] = o; bar.update()
             pair,at = make(len(some)),lambda o: [o[i] for i in some]
             rounds += [(some[i], *o) for i,*o in _write(pair, teacher.vocab, at(ids), at(limit), at(us), k, temperature, teacher.stops, bonus, ended)]
             _tally(work, pair)
-    return tuple(texts),pd.DataFrame(rounds, columns=['prompt','round','drafted','accepted','emitted']).sort_values(['prompt','round'], ignore_index=True),_table(work)
+    return tuple(new),pd.DataFrame(rounds, columns=['prompt','round','drafted','accepted','emitted']).sort_values(['prompt','round'], ignore_index=True),_table(work)
 
 def _timed(f):
     "What `f` gives, and the seconds that it took"
@@ -382,8 +383,9 @@ def _run(make, models, teacher, drafter, prompts, k, temperature, max_new_tokens
     if timed: out = _timed(lambda: tuple(generate(teacher, prompts, max_new_tokens, batch_size, temperature, seed=seed)))
     with torch.inference_mode(), contextlib.ExitStack() as still:
         for m in models: still.enter_context(_still(m))
-        (texts,rounds,work),seconds = _timed(lambda: _all(make, teacher, ids, limit, us, k, temperature, batch_size, bonus, progress))
-    return Drafted(drafter.name, teacher.name, k, temperature, texts, rounds, work, _rate(drafter)/_rate(teacher), seconds, *out, verify, bonus, seed)
+        (new,rounds,work),seconds = _timed(lambda: _all(make, teacher, ids, limit, us, k, temperature, batch_size, bonus, progress))
+    texts = tuple(decode(teacher.tokenizer, [t for t in o if t not in teacher.stops]) for o in new)
+    return Drafted(drafter.name, teacher.name, k, temperature, texts, new, rounds, work, _rate(drafter)/_rate(teacher), seconds, *out, verify, bonus, seed)
 
 def draft(
     drafter,           # LM that drafts: a pruned or healed student, or any model of the teacher's vocabulary
@@ -401,7 +403,7 @@ def draft(
     _check(drafter, teacher, k, temperature, batch_size, prompts)
     return _run(partial(_Plain, drafter, teacher), [drafter.model, teacher.model], teacher, drafter, prompts, k, temperature, max_new_tokens, seed, batch_size, timed, progress)
 
-# %% ../../nbs/judge/52_draft.ipynb #c026
+# %% ../../nbs/judge/52_draft.ipynb #c038
 def _alike(a, b): return a is b or a.shape==b.shape and a.dtype==b.dtype and torch.equal(a, b.to(a.device))
 
 def _same_block(a, b):
