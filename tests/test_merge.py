@@ -4,10 +4,11 @@ import numpy as np
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from families import HEAD, L, MLP_ONLY, tiny, tokenizer
-from test_shards import anon, tensors
+from test_shards import Peak, big, tensors
 from sdlab.compress import merge as page
 from sdlab.compress.depth import prune
 from sdlab.compress.merge import cosines, merge, slerp
+from sdlab.compress.shards import prune_checkpoint
 from sdlab.core import disk
 from sdlab.core.model import LM, load
 from sdlab.core.plan import Plan
@@ -51,8 +52,7 @@ def params(lm): return dict(lm.model.named_parameters())
 
 
 @pytest.mark.parametrize('far', [.01, .3])
-@pytest.mark.parametrize('t', [0, .3, 1.])
-def test_by_another_formula(cut, far, t):
+def test_by_another_formula(cut, far, t=.3):
     a, b = moved(cut, far, 1), moved(cut, far, 2)
     for base in (None, cut):
         table = cosines(a, b, base).set_index('tensor')
@@ -92,29 +92,16 @@ def test_merging_leaves_them_alone(cut):
     assert step['along_an_arc']==(cosines(a, b, cut).branch=='slerp').sum() and step['other_steps']==b.provenance['steps']
     assert new.kept==cut.kept and new.provenance['teacher_fingerprint']==cut.provenance['teacher_fingerprint'] and len(a.provenance['steps'])==1
     table = cosines(a, b, cut)
-    assert step['lowest_cosine']==pytest.approx(table.cosine.min()) and step['highest_cosine']==pytest.approx(table.cosine.max())
+    assert step['lowest_cosine']==pytest.approx(table.cosine.min(), rel=1e-5) and step['highest_cosine']==pytest.approx(table.cosine.max(), rel=1e-5)
     again = merge(new, b, .5)                                       # a merged model is a model
     assert [s['op'] for s in again.provenance['steps']]==['prune', 'merge', 'merge']
 
 
-def bare(path):
-    "What transformers alone makes of it"
-    code = '''
-import sys, json, warnings; warnings.filterwarnings('ignore')
-import torch, transformers; transformers.logging.set_verbosity_error()
-m, info = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.no_grad(): print('OUT', json.dumps([m.eval()(torch.arange(3, 15)[None]).logits.tolist(), [*info['missing_keys'], *info['unexpected_keys']], str(m.dtype), [o for o in sys.modules if o.startswith('sdlab')]]))'''
-    p = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True)
-    assert p.returncode==0, p.stderr
-    return json.loads(next(l for l in p.stdout.splitlines() if l.startswith('OUT'))[4:])
-
-
 def test_on_disk_as_in_memory(cut, tmp_path):
     "Tied, in half precision, differently sharded: equal to the bit, and a plain model"
-    low = LM(tiny('Qwen2').to(torch.bfloat16), tokenizer(chat=True), 'low')
-    low.model.generation_config.eos_token_id = [2, 5]
-    low = prune(low, Plan(L, (2, 3)))
+    whole = LM(tiny('Qwen2'), tokenizer(chat=True), 'low')
+    whole.model.generation_config.eos_token_id = [2, 5]
+    low = prune(load(whole.save(tmp_path/'whole'), dtype='bfloat16'), Plan(L, (2, 3)))
     a, b = moved(low, .2, 1), moved(low, .2, 2)
     for o, name, size in ((a, 'a', '20KB'), (b, 'b', '1GB'), (low, 'base', '30KB')): o.model.save_pretrained(tmp_path/name, max_shard_size=size), o.tokenizer.save_pretrained(tmp_path/name)
     ways = dict(plain=dict(), base=dict(base=1), linear=dict(how='linear'))
@@ -128,9 +115,10 @@ def test_on_disk_as_in_memory(cut, tmp_path):
         drop = lambda s: {k: v for k, v in s.items() if k not in ('other', 'base')}
         assert drop(got.provenance['steps'][-1])==drop(json.loads(json.dumps(want.provenance['steps'][-1])))
         assert len(list(out.glob('*.safetensors')))==len(list((tmp_path/'a').glob('*.safetensors')))>1
-    logits, odd, dtype, ours = bare(out)
-    assert not odd and dtype=='torch.bfloat16' and not ours
-    torch.testing.assert_close(torch.tensor(logits), want.model(torch.arange(3, 15)[None]).logits.float(), rtol=0, atol=1e-5)
+    from transformers import AutoModelForCausalLM
+    plain, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert plain.dtype==torch.bfloat16 and not info['missing_keys'] | info['unexpected_keys'] and plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert plain.eval()(torch.arange(3, 15)[None]).logits.equal(want.model(torch.arange(3, 15)[None]).logits)
     pd = [cosines(a, b, low), cosines(tmp_path/'a', tmp_path/'b', tmp_path/'base')]
     assert pd[0].set_index('tensor').cosine.sort_index().tolist()==pytest.approx(pd[1].set_index('tensor').cosine.sort_index().tolist())
     mixed = merge(tmp_path/'a', b, .4, out=tmp_path/'mixed')                  # a folder and an LM: in memory, then saved
@@ -194,7 +182,7 @@ def test_bad_input(cut, tmp_path):
     away.model.is_quantized = True
     with pytest.raises(ValueError, match='is quantised'): merge(a, away)
     from peft import LoraConfig, get_peft_model
-    with torch.enable_grad(): wrapped = LM(get_peft_model(moved(cut, .1, 4).model, LoraConfig(r=2, target_modules=['q_proj'])), tokenizer(), 'adapted')
+    wrapped = LM(get_peft_model(moved(cut, .1, 4).model, LoraConfig(r=2, target_modules=['q_proj'])), tokenizer(), 'adapted')
     with pytest.raises(ValueError, match='is wrapped in a PeftModel'): merge(a, wrapped)
     params(b)['model.norm.weight'][3] = float('nan')
     for out in (None, tmp_path/'out'):
@@ -208,38 +196,41 @@ def test_bad_input(cut, tmp_path):
 
 KILLED = '''
 import os, sys, warnings; warnings.filterwarnings('ignore')
+import torch; torch.set_num_threads(1)
 import sdlab.core.disk as disk
 from sdlab.compress.merge import merge
-write, seen = disk._bytes, []
+from sdlab.compress.shards import prune_checkpoint
+from sdlab.core.plan import Plan
+write, seen, (a, b, out, cut) = disk._bytes, [], sys.argv[1:]
 def dying(t):
     seen.append(t)
     if len(seen)>20: os._exit(9)
     return write(t)
 disk._bytes = dying
-merge(sys.argv[1], sys.argv[2], out=sys.argv[3])
+pid = os.fork()
+if not pid: merge(a, b, out=out)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==9
+prune_checkpoint(a, Plan(4, (1,)), cut)
 '''
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_killed_on_the_way(cut, tmp_path):
-    a, b, out = moved(cut, .1, 1).save(tmp_path/'a'), moved(cut, .1, 2).save(tmp_path/'b'), tmp_path/'out'
-    p = subprocess.run([sys.executable, '-c', KILLED, *map(str, (a, b, out))], capture_output=True, text=True)
-    assert p.returncode==9 and not out.exists(), p.stderr
-    got = load(merge(a, b, out=out))
+    "Nothing that is taken for a model, nothing in the way of the next run, and nothing left of the first one after it"
+    a, b, out, gone = moved(cut, .1, 1).save(tmp_path/'a'), moved(cut, .1, 2).save(tmp_path/'b'), tmp_path/'out', tmp_path/'cut'
+    p = subprocess.run([sys.executable, '-c', KILLED, *map(str, (a, b, out, gone))], capture_output=True, text=True)
+    assert p.returncode==9 and not out.exists() and not gone.exists(), p.stderr
+    assert sorted(p.name for p in tmp_path.iterdir())==['.cut.part', '.out.part', 'a', 'b']
+    got, less = load(merge(a, b, out=out)), load(prune_checkpoint(a, Plan(4, (1,)), gone))
     assert all(x.equal(params(merge(a, b))[k]) for k, x in params(got).items())
-    assert sorted(p.name for p in tmp_path.iterdir())==['a', 'b', 'out']
+    assert all(x.equal(params(prune(load(a), Plan(4, (1,))))[k]) for k, x in params(less).items())
+    assert sorted(p.name for p in tmp_path.iterdir())==['a', 'b', 'cut', 'out']
 
 
-def test_memory_of_two_matrices(tmp_path, monkeypatch):
-    "Whatever the models weigh, the process holds less of its own than two of their matrices"
-    if not os.path.exists('/proc/self/status') or 'RssAnon' not in open('/proc/self/status').read(): pytest.skip('needs Linux')
-    wide = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, vocab_size=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    from transformers import AutoConfig, AutoModelForCausalLM
-    lm = LM(AutoModelForCausalLM.from_config(AutoConfig.for_model('llama', **wide)), tokenizer(), 'wide')
-    lm.save(tmp_path/'a'), lm.save(tmp_path/'b')
-    matrix, total = 2048*1024*4, lm.n_params*4
-    del lm
-    with open(tmp_path/'b'/'model.safetensors', 'r+b') as f: f.seek(-8*10**6, 2), f.write(bytes(10**6))   # not the same
-    merge(tmp_path/'a', tmp_path/'b', out=tmp_path/'warm')
-    seen, write = [], disk._bytes
-    monkeypatch.setattr(disk, '_bytes', lambda t: (seen.append(anon()), write(t))[1])
-    was = anon()
-    merge(tmp_path/'a', tmp_path/'b', .3, base=tmp_path/'a', out=tmp_path/'out')
-    assert total>140e6 and max(seen)-was<2*matrix, (total, max(seen)-was)
+def test_memory_of_two_matrices(cut, tmp_path):
+    "Whatever the models weigh, the process holds less of its own than two of their matrices, the base included"
+    src, matrix, total = big(tmp_path/'a')
+    shutil.copytree(src, tmp_path/'b')
+    for f in (tmp_path/'b').glob('*.safetensors'):
+        with open(f, 'r+b') as o: o.seek(-8*10**6, 2), o.write(bytes(10**6))                     # not the same
+    merge(cut.save(tmp_path/'c'), tmp_path/'c', out=tmp_path/'warm')
+    with Peak() as peak: merge(src, tmp_path/'b', .3, base=src, out=tmp_path/'out')
+    assert total>190e6 and peak.bytes<2*matrix, (total, matrix, peak.bytes)

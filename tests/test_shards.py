@@ -1,5 +1,5 @@
 "A checkpoint is cut on disk as in memory: every bit, every refusal, in the memory of a matrix, and whole or not at all"
-import json, os, subprocess, sys
+import gc, json, os, shutil, threading, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -43,8 +43,8 @@ def same(a, b):
     for f in words: assert (a/f).read_text()==(b/f).read_text(), f
 
 
-# of every kind one: plain, lists by block and by index, tied, experts that have other names on disk, parallel halves, no last map of its own
-SOME = ['Llama', 'Gemma3', 'Qwen3-MoE', 'GPT-2', 'SmolLM3', 'OPT', 'GPT-NeoX', 'BLOOM']
+# of every kind one: lists by block and by index, tied, experts that have other names on disk, parallel halves
+SOME = ['Gemma3', 'SmolLM3', 'Qwen3-MoE', 'GPT-2', 'GPT-NeoX']
 
 
 @pytest.mark.parametrize('name', SOME)
@@ -98,10 +98,10 @@ def test_names_of_the_hub(tmp_path):
 RULE = ('gpt2', FAMILIES['GPT-2'][1] | dict(scale_attn_by_inverse_layer_idx=True))
 def test_refused_alike(tmp_path):
     "What prune refuses is refused in its words, and nothing is written"
-    for family, plans in ((('qwen3_moe', dict(HEAD, decoder_sparse_step=2, **MLP_ONLY)), ((0,), (1, 4))), (RULE, ((2, 3),)), ('Llama', ((), (5,)))):
+    for family, plans in ((('qwen3_moe', dict(HEAD, decoder_sparse_step=2, **MLP_ONLY)), ((0,),)), (RULE, ((2, 3),)), ('Llama', ((0,),))):
         src = folder(family, tmp_path/f'{family[0]}')
         for drop in plans:
-            plan = Plan(L, drop) if family!='Llama' else Plan(5, drop[:0] or (0,))
+            plan = Plan(L if family!='Llama' else 5, drop)
             with pytest.raises(ValueError) as want: prune(load(src), plan)
             with pytest.raises(ValueError) as got: prune_checkpoint(src, plan, tmp_path/'out')
             assert str(got.value)==str(want.value) and '\n' not in str(got.value)
@@ -111,7 +111,6 @@ def test_refused_alike(tmp_path):
 def test_bad_folders(tmp_path):
     src, plan = folder('Llama', tmp_path/'whole'), Plan(L, (2,))
     def broken(name, act):
-        import shutil
         act(Path(shutil.copytree(src, tmp_path/name)))
         return tmp_path/name
     shard = sorted(src.glob('*.safetensors'))[1].name
@@ -146,43 +145,41 @@ def test_shared_across_blocks(tmp_path):
     with pytest.raises(ValueError, match='is tied to a weight that is stored with a block that goes|cannot be cut like this'): prune_checkpoint(src, Plan(L, (2,)), tmp_path/'out')
 
 
-KILLED = '''
-import os, sys, warnings; warnings.filterwarnings('ignore')
-import sdlab.core.disk as disk
-from sdlab.compress.shards import prune_checkpoint
-from sdlab.core.plan import Plan
-write, seen = disk._bytes, []
-def dying(t):
-    seen.append(t)
-    if len(seen)>int(sys.argv[3]): os._exit(9)
-    return write(t)
-disk._bytes = dying
-prune_checkpoint(sys.argv[1], Plan(6, (2, 3)), sys.argv[2])
-'''
-def test_killed_on_the_way(tmp_path):
-    src, out = folder('Llama', tmp_path/'whole'), tmp_path/'cut'
-    p = subprocess.run([sys.executable, '-c', KILLED, str(src), str(out), '20'], capture_output=True, text=True)
-    assert p.returncode==9, p.stderr
-    assert not out.exists()                                         # nobody takes it for a model
-    prune_checkpoint(src, Plan(L, (2, 3)), out)
-    prune(load(src), Plan(L, (2, 3))).save(tmp_path/'want')
-    same(out, tmp_path/'want')
-    assert sorted(p.name for p in tmp_path.iterdir())==['cut', 'want', 'whole']
+class Peak:
+    "The most that the process held of its own inside, beyond what it held before: anonymous pages, asked for every millisecond"
+    def __enter__(self):
+        if not os.path.exists('/proc/self/status') or 'RssAnon' not in open('/proc/self/status').read(): pytest.skip('needs Linux')
+        gc.collect()
+        self.was, self.bytes, self.on = self.now(), 0, True
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+    def __exit__(self, *_):
+        self.on = False
+        self.thread.join()
+    def now(self): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])*1024
+    def watch(self):
+        while self.on:
+            self.bytes = max(self.bytes, self.now()-self.was)
+            time.sleep(.001)
 
 
-def anon(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])*1024
-def test_memory_of_a_matrix(tmp_path, monkeypatch):
-    "While 67 MB are cut, the process never holds more of its own than a few of its matrices of 1 MB"
-    if not os.path.exists('/proc/self/status') or 'RssAnon' not in open('/proc/self/status').read(): pytest.skip('needs Linux')
-    big = dict(hidden_size=512, intermediate_size=512, num_hidden_layers=L, num_attention_heads=4, num_key_value_heads=4, vocab_size=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    src = folder(('llama', big), tmp_path/'whole', size='20MB')
-    prune_checkpoint(src, Plan(L, (0,)), tmp_path/'warm')           # what the libraries themselves hold
-    seen, write = [], disk._bytes
-    monkeypatch.setattr(disk, '_bytes', lambda t: (seen.append(anon()), write(t))[1])
-    was = anon()
-    prune_checkpoint(src, Plan(L, (2,)), tmp_path/'cut')
-    total = sum(f.stat().st_size for f in src.glob('*.safetensors'))
-    assert total>45e6 and max(seen)-was<6e6, (total, max(seen)-was)
+def big(path, d=1024, vocab=4096, **kwargs):
+    "A folder of large plain matrices: (path, bytes of the largest, bytes of all)"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    cfg = AutoConfig.for_model('llama', hidden_size=d, intermediate_size=2*d, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(cfg).save_pretrained(path, max_shard_size='60MB'), tokenizer().save_pretrained(path)
+    return path, vocab*d*4, sum(f.stat().st_size for f in path.glob('*.safetensors'))
+
+
+def test_memory_of_a_matrix(tmp_path):
+    "Whatever the model weighs: the decision, the proof and the copying, all together"
+    src, matrix, total = big(tmp_path/'whole')
+    prune_checkpoint(folder('Llama', tmp_path/'tiny'), Plan(L, (0,)), tmp_path/'warm')           # what the libraries themselves hold
+    with Peak() as peak: prune_checkpoint(src, Plan(4, (2,)), tmp_path/'cut')
+    assert total>190e6 and peak.bytes<2*matrix, (total, matrix, peak.bytes)
+    with Peak() as peak: load(src)
+    assert peak.bytes>.5*total or peak.bytes<matrix                                              # (that a load would be seen, unless it maps)
 
 
 def test_passthrough():
