@@ -90,7 +90,8 @@ def study(a):
         from huggingface_hub import snapshot_download
         with state.main_process_first(): teacher = snapshot_download(teacher, allow_patterns=['*.safetensors', '*.json', 'tokenizer*'])
     sides = split(rows(a.data, limit=a.limit or None), calibration=.2, train=.5, evaluation=.3)
-    task = Task('in domain', sides['evaluation'], rule=a.rule, max_new_tokens=a.max_new_tokens).sample(a.items)
+    rule = None if a.rule=='none' else a.rule
+    task = Task('in domain', sides['evaluation'], rule=rule, max_new_tokens=a.max_new_tokens).sample(a.items)
     held = {}
     def whole():                                                               # the teacher, loaded when it is first needed
         if 'lm' not in held: held['lm'] = load(teacher, **here)
@@ -106,7 +107,7 @@ def study(a):
     cut = stage(state, a.out/'2 cut', lambda f: prune_checkpoint(teacher, plan, f/'model'), alone=True)/'model'
 
     def data(f):
-        ds = rewrite(whole(), sides['train'], rule=a.rule, out=f/'ledger', max_new_tokens=a.max_new_tokens, progress=main)
+        ds = rewrite(whole(), sides['train'], rule=rule, out=f/'ledger', max_new_tokens=a.max_new_tokens, progress=main)
         if main: ds.to_json(f/'data.jsonl')
     stage(state, a.out/'3 data', data)
     learned = rows(a.out/'3 data'/'data.jsonl')
