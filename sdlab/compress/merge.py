@@ -154,7 +154,7 @@ def _told(lm, sides, t, how, log):
     a,b,*base = sides
     was = a.own or dict(format=1, teacher=a.name, teacher_fingerprint=lm.fingerprint, teacher_n=a.n, kept=list(range(a.n)))
     apart = [c for branch,c in log if branch!='same'] or [1.]
-    step = dict(op='merge', how=how, t=t, other=b.name, **{'base':o.name for o in base}, tensors=len(log), along_an_arc=sum(o=='slerp' for o,_ in log), lowest_cosine=min(apart), highest_cosine=max(apart))
+    step = dict(op='merge', how=how, t=t, other=b.name, **{'base':o.name for o in base}, tensors=len(log), along_an_arc=sum(o=='slerp' for o,_ in log), lowest_cosine=float(f'{min(apart):.6g}'), highest_cosine=float(f'{max(apart):.6g}'))
     return {**was, 'steps':was.get('steps', [])+[step|dict(other_steps=b.own.get('steps', []), versions=_versions())]}
 
 def _in_memory(sides, t, how):
