@@ -15,7 +15,7 @@ from sdlab.core.parts import find_writers
 from sdlab.core.plan import Plan
 from sdlab.distill.rewrite import rewrite
 from sdlab.judge.score import score
-from sdlab.lab.scale import dry_run
+from sdlab.measure.scale import dry_run
 from sdlab.measure.cka import cka
 from sdlab.measure.importance import distances, influence
 from sdlab.recover.tune import training_log, tune

@@ -415,7 +415,7 @@ def _working(
     lora,    # Adapters, or None
 ):
     "The model that is trained: a copy of the student, or, as adapters only read its weights, a module tree of its own around these"
-    if lora is None: return copy.deepcopy(student.model)
+    if lora is None or getattr(lora, 'bias', 'none')!='none': return copy.deepcopy(student.model) # biases that are tuned are written into
     return _copied(student.model, lambda t: nn.Parameter(t.detach(), t.requires_grad) if type(t) is nn.Parameter else t)
 
 def _parted(model, lender, every=False):
@@ -533,7 +533,7 @@ def tune(
     probe_every=None,   # Steps between two looks (default: a quarter of the run), the start and the end included
     out=None,           # Folder for checkpoints and the finished model; a run that was killed goes on from there
     resume=True,        # False: throw away the run that `out` holds
-    merge=True,         # Merge adapters into the weights? False gives back a PEFT model
+    merge=True,         # Merge adapters into the weights? False gives back a PEFT model around the student's own weights
     progress=True,      # Show a bar with the live loss; or a function called with each row of the log
     valid=None,         # Held-out rows; `valid_loss` in the log is their mean loss per learned token, in nats
     stop=None,          # Function () -> bool, asked at the start and after every step and look; True ends the run there, in order
@@ -597,7 +597,7 @@ def _healed(student, trained, config, merge, step, done):
         new = student._with(_reborn(student, _parted(trained, student.model, every=True).merge_and_unload() if config is not None else trained), name)
     else:
         from peft import get_peft_model,get_peft_model_state_dict,set_peft_model_state_dict
-        new = get_peft_model(copy.deepcopy(student.model), config)
+        new = get_peft_model(_working(student, config), config)
         set_peft_model_state_dict(new, get_peft_model_state_dict(trained))
         new = LM(new.eval(), student.tokenizer, name)
     new.config.sdlab = prov
@@ -619,8 +619,8 @@ def _finished(student, place):
     if not (place/'done.json').exists(): return None
     done = json.loads((place/'done.json').read_text())
     if done['adapters']:
-        from peft import PeftModel
-        lm = LM(PeftModel.from_pretrained(copy.deepcopy(student.model), place/'model').eval(), student.tokenizer, done['name'])
+        from peft import PeftConfig,PeftModel
+        lm = LM(PeftModel.from_pretrained(_working(student, PeftConfig.from_pretrained(place/'model')), place/'model').eval(), student.tokenizer, done['name'])
     else: lm = student._with(load(place/'model', dtype=student.dtype).model.to(student.device), done['name'])
     lm.config.sdlab = done['provenance']
     return lm

@@ -51,7 +51,7 @@ def rows(toy=False):
     from sdlab.core.model import load
     from sdlab.core.plan import Plan
     from sdlab.distill.rewrite import rewrite
-    from sdlab.lab.scale import dry_run
+    from sdlab.measure.scale import dry_run
     from sdlab.measure.importance import distances
     from sdlab.measure.stream import _forward
     from sdlab.recover.tune import training_log, tune
