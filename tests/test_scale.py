@@ -63,7 +63,7 @@ def test_it_is_read_and_asked(lm, plain):
     data = rewrite(lm, ROWS, max_new_tokens=5, progress=False)
     near = cka(lm, plain, TEXTS, group=4).matrix.diagonal()
     assert influence(lm, bs).best(2).n==6 and len(data)==8 and len(lm.fingerprint)==16
-    if lm.few: assert spans.values.shape==distances(plain, bs).values.shape and near.isfinite().all() and (near>.5).all(); return
+    if lm.few: assert spans.values.shape==distances(plain, bs).values.shape and near.isfinite().all() and near[0]>.99; return  # the embedding is not quantised
     assert torch.equal(spans.values.nan_to_num(), distances(plain, bs).values.nan_to_num()) and trial==Trial(plain, bs)(PLAN) and lm.fingerprint==plain.fingerprint
     assert torch.equal(exact.values.nan_to_num(), quality(plain, bs, sizes=2)['loss'].values.nan_to_num())
     assert answers==plain.reply(['hello', 'you'], 6) and items.equals(score(plain, Task('t', rows(ROWS), metric='perplexity')))
