@@ -22,11 +22,11 @@ def docments(
 def _kind(default): # How argparse should read a value whose default is this
     if default is False: return dict(action='store_true')
     if default is True: return dict(action=argparse.BooleanOptionalAction)
-    if isinstance(default, tuple): return dict(nargs='*')
+    if isinstance(default, tuple): return dict(nargs='*', type=type(default[0]) if default else str)
     return dict(type=type(default) if default is not None else str)
 
 def _add(parser, name, p, text, positional):
-    value = ' '.join(p.default) if isinstance(p.default, tuple) else p.default
+    value = ' '.join(map(str, p.default)) if isinstance(p.default, tuple) else p.default
     shown = '' if value in (None, False, '', inspect.Parameter.empty) else f' (default: {value})'
     kw,given = dict(help=(text+shown).replace('%', '%%')),positional is True and p.default is p.empty or positional is not True and name in (positional or ())
     if p.default is p.empty: return parser.add_argument(name if given else f"--{name.replace('_','-')}", **kw, **({} if given else dict(required=True)), **({'type':p.annotation} if p.annotation in (int,float) else {}))
@@ -51,6 +51,7 @@ def add_command(
 _COMMANDS = { # name -> (where, arguments by position, arguments that only make sense in Python)
     'demo':('sdlab.lab.study:demo', (), ()),
     'study':('sdlab.lab.study:study', (), ('tasks', 'calibration')),
+    'study --preset self-data-distillation':('sdlab.lab.selfdata:self_data_distillation', (), ()),
     'distances':('sdlab.lab.stages:stage_distances', ('model',), ()),
     'prune':('sdlab.lab.stages:stage_prune', ('model',), ()),
     'rewrite':('sdlab.lab.stages:stage_rewrite', ('teacher',), ()),
@@ -69,6 +70,12 @@ def _line(where): # The first line of its docstring, without importing its modul
     tree = ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8'))
     return next(ast.get_docstring(o) for o in tree.body if getattr(o, 'name', '')==name).splitlines()[0]
 
+def _joined(argv): # A command with a preset is a command of its own
+    i = next((i for i,a in enumerate(argv) if a.split('=')[0]=='--preset'), None)
+    if i is None or (command := next((a for a in argv[:i] if a[:1]!='-'), None)) is None: return argv
+    name,rest = (argv[i].split('=', 1)[1], argv[i+1:]) if '=' in argv[i] else (' '.join(argv[i+1:i+2]), argv[i+2:])
+    return [f'{command} --preset {name}' if a==command else a for a in argv[:i]]+rest
+
 def _parser(
     command=None, # The one that is asked for: its options are read from its function
 ):
@@ -85,11 +92,11 @@ def main(
     argv=None, # Arguments of the command line (default: the process's own)
 )->int:        # Exit status: 0 done, 2 a mistake in what was given, 130 interrupted
     "What the shell command `sdlab` runs"
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _joined(sys.argv[1:] if argv is None else argv)
     args = vars(_parser(next((a for a in argv if a[:1]!='-'), None)).parse_args(argv))
     run,trace = args.pop('run'),args.pop('traceback')
     try: found = run(**args)
-    except (ValueError, TypeError, OSError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError) as e:
         if trace: raise
         return print(f'sdlab: {e} (sdlab --traceback shows where)', file=sys.stderr) or 2
     except KeyboardInterrupt: return print('\nInterrupted. What is finished is kept: the same command goes on from there.', file=sys.stderr) or 130

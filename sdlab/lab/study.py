@@ -160,6 +160,10 @@ def _others(lm, also, rule, n, max_new_tokens): # What might be forgotten
     got = {Path(str(o)).stem:rows(o) for o in also}
     return {k:_task(k, _readable(lm, v), rule, n, max_new_tokens) for k,v in got.items()}
 
+def _foreseen(teacher, data, drop, limit, **how): # What the study would take; `how` goes to `dry_run`
+    from sdlab.measure.scale import dry_run
+    return dry_run(teacher, drop, rows=rows(data, limit=limit or None), **how)
+
 def study(
     teacher,            # Hub id or folder of the model to prune (in Python also an `LM`)
     data,               # Rows to heal it on: a .json, .jsonl, .csv or .parquet file, or a hub id (in Python anything that `core.data.rows` reads)
@@ -180,12 +184,14 @@ def study(
     device=None,        # Where the models live, such as cuda or auto (default: CPU)
     controls=True,      # Also tune the unpruned teacher on the same rows?
     fresh=False,        # Throw away the study that is in `out`, and start over
+    dry_run=False,      # Only say what memory and time each stage would take, from the teacher's config: no weights are loaded, nothing is written
     tasks=None,         # {name: Task} to be judged on (default: the evaluation side of `data`, and `also`)
     calibration=None,   # Rows to measure the stream on (default: the calibration side of `data`); then all rows of `data` are trained on
 )->Study:
     "Prune a model, let it write its own training data, heal, judge, compare: the whole road, resumable"
-    lm = _opened(teacher, dtype, device)
     if drop<1: raise ValueError(f'`drop` is the number of blocks to drop, at least 1, not {drop!r}')
+    if dry_run: return _foreseen(teacher, data, drop, limit, epochs=epochs, batch_size=batch_size, lora=lora or 16, arms=4 if controls else 2, items=n*(1+len(also)), dtype=dtype)
+    lm = _opened(teacher, dtype, device)
     Plan(lm.n, range(drop))                                 # refuses too many, before anything is made
     sides = dict(train=rows(data), calibration=rows(calibration)) if calibration is not None else _sides(lm, data, limit or None)
     judged = tasks or {'in domain':_task('in domain', sides['evaluation'], rule, n, max_new_tokens), **_others(lm, also, rule, n, max_new_tokens)}
