@@ -549,7 +549,7 @@ def tune(
 def _train(course, student, data, on='completion', lora=None, last=None, epochs=2, lr=2e-4, batch_size=16, seed=0, probe=None, probe_every=None, out=None,
            resume=True, merge=True, progress=True, valid=None, stop=None, patience=None, watch='valid_loss', higher=False, **sft):
     "`student`, healed by `course`; the arguments are those of `tune`"
-    _checked(sft, course)
+    with _own_dice(): _checked(sft, course) # importing a trainer draws
     config,longest,told = _spared(_lora(lora), student),sft.pop('max_length', None),rows(data)
     course.check(student, told)
     if last is not None: _sound(student, last, config)
