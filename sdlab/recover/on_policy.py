@@ -9,9 +9,8 @@ __all__ = ['on_policy']
 import hashlib,warnings
 from collections import deque
 import torch
-from ..core.data import completion_ids,context,prompt_ids
+from ..core.data import collate,completion_ids,context,prompt_ids
 from ..core.model import LM,_cache,_decode,_decode_hf,_pick,_still,_uniforms
-from ..core.data import collate
 from .tune import _learned,_NAMES,_sharded,_train
 from .distil import _FromTeacher,_summed
 
@@ -116,13 +115,12 @@ class _OnPolicy(_FromTeacher):
 
 def _fixed(student, row):
     "The ids of the answer that a row has"
-    if not row.get('completion'): raise ValueError('share below 1 learns from the answers of the rows too, and some have none: give rows with answers, or share=1.')
     return completion_ids(student.tokenizer, row['completion'], row.get('ended') is not False)
 
 # %% ../../nbs/recover/42_on_policy.ipynb #c010
 def on_policy(
     student,             # LM to start from; left as it is
-    data,                # Rows with a prompt: anything that `core.data.rows` reads; their answers are read only if `share` is below 1
+    data,                # Rows with a prompt: anything that `core.data.rows` reads; their answers are learned from only if `share` is below 1
     teacher,             # LM that says what should have come next: the unpruned model
     divergence='reverse',# 'reverse' KL(student || teacher), 'forward', 'mixed' (Jensen-Shannon), or a number from 0 (forward) to 1
     rollout=32,          # Longest answer of its own, in tokens
