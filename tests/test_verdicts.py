@@ -246,3 +246,22 @@ def test_kinds():
     assert (k.xs('teacher', level='arm').recovery == 100).all() and 'likelihood' not in k.index.get_level_values(0)
     d = r.by({'told': ['facts'], 'worked': ['sums', 'order']}, than='teacher').set_index(['kind', 'arm'])
     assert d.loc[('told', 'pruned'), 'verdict'] == 'not told apart' and d.loc[('worked', 'pruned'), 'verdict'] == 'teacher is better'
+
+# ---- several trainings
+
+def test_a_bad_training_is_bad_on_every_task():
+    "Runs that are all right or all wrong, alike on every task: the average is as uncertain as each of them"
+    good = dict(teacher=[1], x=[1, 0, 1, 0, 1])
+    items = pd.DataFrame([dict(task=t, metric='exact', arm=a, item=i, run=r, score=float(v), answer='', reference=str(i)) for t, n in (('a', 40), ('b', 30), ('c', 7)) for a, vs in good.items() for r, v in enumerate(vs) for i in range(n)])
+    f = Recovery(items).frame().query("arm=='x'").set_index('task')
+    assert len(f) == 4
+    for k in f.index: assert (f.low[k], f.score[k], f.high[k]) == pytest.approx((.2, .6, 1.))
+    assert Recovery(items).by({'both': ['a', 'b']}, than='teacher').query("arm=='x'").low.item() == pytest.approx(20.)
+
+def test_silence_comes_back_from_a_csv(tmp_path):
+    "What a public task calls its metric does not decide whether an empty answer is one"
+    said = pd.DataFrame([dict(task=t, metric=m, arm='teacher', item=i, score=0., answer='', reference='', reply=r) for t, m, rs in (('say', 'exact_match', ('yes', '', '')), ('pick', 'acc', (None,)*3)) for i, r in enumerate(rs)])
+    said.to_csv(tmp_path/'items.csv', index=False)
+    for o in (said, pd.read_csv(tmp_path/'items.csv')):
+        f = health(o).frame().set_index(['task', 'sign'])
+        assert set(f.index.get_level_values(0)) == {'say'} and f.loc[('say', 'empty'), 'value'] == pytest.approx(2/3) and f.loc[('say', 'empty'), 'n'] == 3

@@ -117,7 +117,7 @@ def _answers(given):
         if bad := [k for k,v in given.items() if isinstance(v, str) or not len(v)]: raise ValueError(f'{bad[0]!r} needs a list of answers with something in it.')
         given = pd.DataFrame([dict(task='answers', arm=a, item=i, reply=s) for a,v in given.items() for i,s in enumerate(v)])
     if 'reply' not in given.columns: raise ValueError(f'There are no answers here: a column `reply` is needed, as score_all writes it for tasks in which something is said; there are {", ".join(given.columns)}.')
-    said = given[given.metric.isin(['exact','generate_until']) | given.reply.notna()] if 'metric' in given.columns else given
+    said = given[(given.metric=='exact') | (given.groupby('task').reply.transform('count')>0)] if 'metric' in given.columns else given # a task of which something is said
     if not len(said): raise ValueError('No task here has answers in words: choices and perplexities have no health.')
     if 'run' not in said.columns: said = said.assign(run=0)
     return said.assign(reply=said.reply.fillna('').astype(str)).reset_index(drop=True) # an empty answer comes back from a CSV as nothing

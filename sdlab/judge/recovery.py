@@ -21,16 +21,16 @@ def _resampled(
     value,   # What an item adds in a run, shape (arms, runs, n)
     weight,  # What it counts, same shape
     b,       # Draws
-    seed,    # Any list of ints
+    seed,    # A list of ints: what items are drawn by; its first alone is what runs are drawn by, so that all tasks of a study draw the same trainings
 ):           # Ratio of the sums in every draw, shape (arms, b)
     "The bootstrap of a ratio of sums over items and, where there are several, over runs; in pieces that fit into memory"
     (_,runs,n),rng,out = value.shape,np.random.default_rng(seed), []
+    of = _counts(np.random.default_rng(np.random.SeedSequence(seed[0], spawn_key=(1,))), runs, b)
     step = max(1, 2**22//n)
     for a in range(0, b, step):
         k = min(step, b-a)
         items = _counts(rng, n, k)
-        of = _counts(rng, runs, k) if runs>1 else np.ones((k,1))
-        out.append(_crossed(value, items, of)/_crossed(weight, items, of))
+        out.append(_crossed(value, items, of[a:a+k])/_crossed(weight, items, of[a:a+k]))
     return np.concatenate(out, 1)
 
 def _counts(rng, n, b): return rng.multinomial(n, np.full(n, 1/n), size=b).astype(float) # how often each of n is drawn, shape (b, n)
@@ -39,7 +39,7 @@ def _crossed(x, items, runs): return np.einsum('arb,br->ab', x@items.T, runs) # 
 
 def _between(x): return tuple(np.nanpercentile(x, (2.5,97.5))) if np.isfinite(x).any() else (math.nan, math.nan)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c011
+# %% ../../nbs/judge/51_recovery.ipynb #c013
 _MEAN = 'average'
 KINDS = {'multi-step reasoning':('sums','order'), 'recall':('facts',), 'likelihood':('choice','stories')} # What the pocket tasks ask for
 
@@ -58,7 +58,7 @@ def _value(x, metric): return np.exp(x) if metric=='perplexity' else x
 
 def _is_share(value): return bool(np.isin(value, (0,1)).all())
 
-# %% ../../nbs/judge/51_recovery.ipynb #c012
+# %% ../../nbs/judge/51_recovery.ipynb #c014
 @dataclass(frozen=True, repr=False, eq=False)
 class Recovery:
     "What the arms of a study score on the same items, how sure that is, and what came back of the teacher"
@@ -153,7 +153,7 @@ class Recovery:
     def __repr__(self): return f'Recovery of {", ".join(a for a in self.arms if a!=self.teacher)} against {self.teacher} on {", ".join(self.tasks)}\n{_plain(self)}'
     def _repr_html_(self): return _html(self)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c013
+# %% ../../nbs/judge/51_recovery.ipynb #c015
 def _panel(ax, task, g, teacher):
     "One task: a line per arm with its score, and the teacher's across all of them"
     p = 1 if (ppl := g.metric.iloc[0]=='perplexity') else 100
@@ -165,7 +165,7 @@ def _panel(ax, task, g, teacher):
     ax.title.set(fontsize=10, ha='left', position=(0,1))
     ax.spines[['top','right']].set_visible(False)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c014
+# %% ../../nbs/judge/51_recovery.ipynb #c016
 def _check(r):
     "Refuse arms that were not scored on the same items"
     need = {'task','metric','arm','item','score','reference'}
@@ -237,7 +237,7 @@ def _than(value, draws, a, b):
 
 def _verdict(low, high, up, a, b): return 'not told apart' if low<=0<=high else f'{a if (low>0)==up else b} is better'
 
-# %% ../../nbs/judge/51_recovery.ipynb #c015
+# %% ../../nbs/judge/51_recovery.ipynb #c017
 def _say(row):
     "A cell of the table as (score, interval, rest)"
     if row.metric=='perplexity': return f'{row.score:.3g}', f'{row.low:.3g} to {row.high:.3g}', f'{row.recovery:.0f} %'
@@ -272,7 +272,7 @@ def _html(r):
             + (f', and the gap closed between {escape(str(r.baseline))} and {escape(str(r.teacher))}.' if r.baseline in r.arms else '.'))
     return f'<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table><p><small>{note}</small></p>'
 
-# %% ../../nbs/judge/51_recovery.ipynb #c016
+# %% ../../nbs/judge/51_recovery.ipynb #c018
 def recovery(
     teacher,           # LM: what is 100 %
     arms,              # {name: LM}, such as {'pruned': ..., 'SFT': ..., 'self-data': ...}
@@ -286,7 +286,7 @@ def recovery(
     if 'teacher' in arms: raise ValueError("One of the arms is called 'teacher', which is the name of the teacher's own row: give it another name.")
     return Recovery(score_all({'teacher':teacher, **arms}, tasks, batch_size, progress), baseline=baseline, seed=seed)
 
-# %% ../../nbs/judge/51_recovery.ipynb #c029
+# %% ../../nbs/judge/51_recovery.ipynb #c031
 def pareto(
     size, # What each choice costs, shape (n,); less is better
     loss, # What each choice loses, shape (n,); less is better
