@@ -27,7 +27,7 @@ from .report import report
 
 # %% ../../nbs/lab/61_study.ipynb #c005
 def _write(path, value): # JSON that is either whole or not there
-    tmp = path.with_name(path.name+'.part')
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.part') # each process its own
     tmp.write_text(json.dumps(value, indent=1, default=str))
     os.replace(tmp, path)
 

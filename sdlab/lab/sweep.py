@@ -48,6 +48,7 @@ def key(
 def _attempt(out, cell, run, say): # None (others are at it), the folder, or the exception
     folder = out/key(cell)
     def kept(f):
+        (f/'error.txt').unlink(missing_ok=True)                                # of an earlier attempt
         (f/'cell.json').write_text(json.dumps(cell, indent=1, default=str))
         run(cell, f)
     try: return once(out, key(cell), kept, say, wait=False)
