@@ -217,6 +217,10 @@ def test_harness_refuses(folder, arms, no_defaults, monkeypatch, tmp_path):
     try:
         with pytest.raises(ValueError, match="'corpus' has no metric None that is a mean"): call('corpus')
     finally: (folder/'corpus.yaml').unlink(), (folder/'corpus.jsonl').unlink()
+    (folder/'mixed.yaml').write_text(json.dumps(dict(group='mixed', task=['pick', 'say'])))
+    try:
+        with pytest.raises(ValueError, match="'mixed' are counted in different ways .pick by acc_norm, say by exact_match"): call('mixed')
+    finally: (folder/'mixed.yaml').unlink()
     assert not (tmp_path/'o').exists()
     for o in ('lm_eval', 'lm_eval.evaluator', 'lm_eval.models.huggingface', 'lm_eval.tasks'): monkeypatch.setitem(sys.modules, o, None)
     with pytest.raises(ImportError, match='pip install .lm_eval'): call('pick')

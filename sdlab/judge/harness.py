@@ -49,7 +49,9 @@ def _leaves(tm, name, want):
     "[(task, metric, filter)] of one name: itself, or the parts of a group"
     try: got = tm.load([name])['tasks']
     except Exception as e: raise OSError(f'The task {name!r} could not be loaded ({type(e).__name__}: {_line(e)}): its data must be on this machine, or the machine online.') from e
-    return [(t, *_how(t, k, want)) for k,t in got.items()]
+    out = [(t, *_how(t, k, want)) for k,t in got.items()]
+    if len(by := {m:t.task_name for t,m,_ in out})>1: raise ValueError(f"The parts of {name!r} are counted in different ways ({', '.join(f'{t} by {m}' for m,t in by.items())}): ask for them one by one.")
+    return out
 
 def _how(task, name, want):
     "Set the shots of a task and choose what of it is counted, or say why it cannot be"
