@@ -1,11 +1,14 @@
 "A paper's comparison where it is stopped, shared, asked wrongly; and on rows that no pocket world knows"
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd, pytest
 import forks, walker
 import sdlab.lab.study as S
-from sdlab.lab.comparison import QUESTIONS
-from sdlab.lab.selfdata import self_data_distillation
+from sdlab.distill.rewrite import rewrite
+from sdlab.lab.comparison import QUESTIONS, Cell, Comparison, _rows, own_world, train_all
+from sdlab.lab.selfdata import self_data_distillation, student_tables
+from sdlab.lab.study import claim
 from sdlab.lab.cli import main
 
 HOW = dict(data=walker.asked(), rule='final', n=6, seeds=1, steps=1, batch_size=8, rates=(1e-3,), max_new_tokens=8, drafts=(2,))
@@ -36,7 +39,6 @@ def test_rows_of_ones_own(whole):
     assert cells[cells.question=='headline'].score.tolist()==pytest.approx(want.score.tolist())
     learned = {r for r in (whole.out/'data').glob('*/selected.jsonl')}
     read = set(pd.concat([pd.read_json(p, lines=True) for p in learned]).prompt)
-    from sdlab.lab.comparison import own_world
     world = own_world(walker.teacher(), HOW['data'], rule='final', n=6, max_new_tokens=8)
     for side in ('evaluation','calibration'): assert not read & set(world.tasks(side)['in domain'].rows['prompt'])
     maps = pd.read_csv(whole.out/'tables'/'maps.csv')
@@ -67,11 +69,38 @@ def test_every_question_can_be_asked(tmp_path):
     assert set(found.finished)=={'capacity','rivals','words'}
     assert {'tune SFT lora','tune own words last','distil own words','on_policy own words'} <= set(found.best)
     with pytest.raises(ValueError, match="no question 'voices'"): found.items('voices')
+    assert 'in domain' in str(found) and '<table>' in found._repr_html_()                       # the headline was not asked
     assert set(QUESTIONS)>=set(found.questions)
+
+def test_a_world_of_ones_own(tmp_path):
+    "Texts to choose by and to judge the choice on are different ones; answers are compared as was asked; another rule is another comparison"
+    one,two = (own_world(walker.teacher(), HOW['data'], rule=r, n=6, max_new_tokens=8) for r in ('final','exact'))
+    assert len(one.texts(0)) and not set(one.texts(0)['prompt']) & set(one.texts(1)['prompt']) and one.prints!=two.prints
+    for world,name in ((one,'final'), (two,'exact')):
+        found = Comparison(claim(tmp_path/name, dict(max_new_tokens=8), kind='comparison'), {}, lambda *_: None)
+        cell = Cell((2,), words='self-data', source='in domain', size=world.sizes[-1])
+        got = _rows(found, walker.teacher(), world, cell).to_pandas()
+        want = rewrite(walker.teacher(), world.rows('in domain', cell.size, 0, 0), rule=name, max_new_tokens=8, progress=False).to_pandas()
+        assert got[['prompt','completion','reason']].equals(want[['prompt','completion','reason']])
+
+def test_plain_rows(tmp_path):
+    "Rows without answers to check are judged by perplexity alone, and every table is there"
+    found = compared(tmp_path/'c', data=[dict(prompt=f'say {i}', completion=f'it is {i}') for i in range(40)], rule='auto', ask=('headline','spans'))
+    assert set(found.recovery('spans').tasks.values())=={'perplexity'} and (found.out/'tables'/'blocks_healed.csv').exists()
+
+def test_merging_needs_no_headline(tmp_path):
+    "Three sources, of which only the words were asked"
+    world = replace(own_world(walker.teacher(), HOW['data'], rule='final', n=2, max_new_tokens=4), sources=('in domain','b','both'))
+    settings = dict(drop=1, seeds=1, steps=1, batch_size=8, rates=[1e-3], max_new_tokens=4, drafts=[2], seed=0)
+    found = train_all(Comparison(claim(tmp_path/'c', settings, kind='comparison'), {}, lambda *_: None), walker.teacher(), world, ask=('words',))
+    assert set(student_tables(found, walker.teacher(), world))=={'merges'}
+    got = pd.read_csv(next(found.out.glob('students/*/merges.csv')))
+    assert {'pruned','SLERP, t 0.5','linear, t 0.5'} < set(got.arm)
 
 def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, whole, capsys):
     for kwargs,said in ((dict(ask=('everything',)), "no question 'everything'"), (dict(workers=2), 'folder or hub id'), (dict(workers=0), 'at least 1'), (dict(drop=6), 'from 1 to 5'),
-                        (dict(data=[dict(prompt='a', completion='b')]), 'after the split')):
+                        (dict(data=[dict(prompt='a', completion='b')]), 'after the split'), (dict(data=None), '`also` and `rule`'), (dict(rates=()), '`rates` are numbers above 0'), (dict(rates=('x',)), '`rates`'),
+                        (dict(drafts=(2, 0)), '`drafts`'), (dict(seeds=0), '`seeds`'), (dict(steps=0), '`steps`'), (dict(n=-1), '`n`')):
         with pytest.raises(ValueError, match=said): compared(tmp_path/'c', **kwargs)
         assert not (tmp_path/'c').exists()
     with pytest.raises(ValueError, match='steps is 1 there and 2 here'): compared(whole.out, steps=2)

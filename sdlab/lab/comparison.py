@@ -42,6 +42,7 @@ class World:
     sizes:tuple     # Numbers of rows, increasing; the comparison is around the last one
     plain:object=None # Function (n, seed) -> plain texts to heal on, where there are any
     prints:tuple=() # Fingerprints of what was read from files
+    rule:object='auto' # How a rewrite is compared with its reference, as `rewrite` takes it
 
 def pocket_world(
     size=800, # Rows of the largest set; the smaller ones are an eighth, a quarter and a half of it
@@ -68,8 +69,12 @@ def own_world(
     sides,others = _sides(lm, data, limit or None),_others(lm, also, rule, n, max_new_tokens)
     def drawn(source, k, voice, seed): return sides['train'].shuffle(seed=seed).select(range(k))
     def tasks(side): return {'in domain':_task('in domain', sides[side], rule, n, max_new_tokens), **(others if side=='evaluation' else {})}
-    def texts(draw): return sides['calibration'].shuffle(seed=draw).select(range(max(4, len(sides['calibration'])//2)))
-    return World('rows', drawn, tasks, texts, ('in domain',), (0,), _halves(len(sides['train'])), prints=tuple(fingerprint(sides[k]) for k in sorted(sides))+tuple(fingerprint(t.rows) for t in others.values()))
+    def texts(draw): return _half(sides['calibration'].shuffle(seed=draw//2), draw%2)
+    return World('rows', drawn, tasks, texts, ('in domain',), (0,), _halves(len(sides['train'])), prints=(*(fingerprint(sides[k]) for k in sorted(sides)), *(fingerprint(t.rows) for t in others.values()), getattr(rule, '__qualname__', str(rule))), rule=None if rule=='none' else rule)
+
+def _half(ds, second): # One of two halves which share no row, where there are eight
+    k = max(4, len(ds)//2)
+    return ds.select(range(len(ds)-k, len(ds)) if second else range(k))
 
 # %% ../../nbs/lab/73_comparison.ipynb #c008
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _rows(found, lm, world, cell): # What a cell learns from
     if WORDS[cell.words] is None: return full.select(range(cell.size))
     template,select = WORDS[cell.words]
     folder = once(found.out/'data', f'{cell.source}, voice {cell.voice}, seed {cell.seed}, {template or "own"}',
-                  lambda f: _write_both(f, lm, full, template, max_new_tokens=found.settings['max_new_tokens']), found.say)
+                  lambda f: _write_both(f, lm, full, template, rule=world.rule, max_new_tokens=found.settings['max_new_tokens']), found.say)
     return rows(folder/('selected.jsonl' if select else 'unselected.jsonl')).select(range(cell.size))
 
 def _heal(found, lm, world, cell): # The student of a cell
@@ -122,7 +127,7 @@ def _fill(found, lm, world, tried, kept, settings, folder): # One cell: heal, ju
     student = _heal(found, lm, world, _cell(settings))
     for side,name in (('evaluation','items'), ('calibration','valid')):
         if side=='evaluation' or key(settings) in tried: score_all({'student':student}, world.tasks(side)).to_parquet(folder/f'{name}.parquet')
-    (folder/'spent.json').write_text(json.dumps(_spent(student)))
+    (folder/'spent.json').write_text(json.dumps({} if settings['method']=='none' else _spent(student)))
     if key(settings) in kept: student.save(folder/'model')
 
 def _domain(cell, tasks): # Tasks that are in the domain of a cell's rows
@@ -254,8 +259,9 @@ class Comparison:
         "What the finished parts took, each on its own"
         return {str(p.parent.relative_to(self.out)):json.loads(p.read_text())['seconds'] for p in sorted(self.out.glob('**/done.json'))}
     def __repr__(self): return f'Comparison({self.out.name!r}: {sum(p.startswith("cells") for p in self.seconds)} cells, {sum(self.seconds.values())/60:.0f} minutes)'
-    def __str__(self): return f"{self.recovery()}\n\n{self!r}\nTables: {self.out/'tables'}"
-    def _repr_html_(self): return self.recovery()._repr_html_()
+    def _first(self): return self.recovery(self.finished[0]) if self.finished else None # The most important of what was asked
+    def __str__(self): return f"{self._first()}\n\n{self!r}\nTables: {self.out/'tables'}"
+    def _repr_html_(self): return r._repr_html_() if (r := self._first()) else repr(self)
 
 def _told(cell, folder): # What a cell was and what it took
     return {k:(' '.join(map(str, v)) if k=='blocks' else '; '.join(f'{a}={b}' for a,b in v) if k=='how' else v) for k,v in asdict(cell).items() if k!='seed' and (cell.method!='none' or k in ('blocks','method'))} | {f'spent_{k}':v for k,v in json.loads((folder/'spent.json').read_text()).items()} | dict(wall=json.loads((folder/'done.json').read_text())['seconds'])

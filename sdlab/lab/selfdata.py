@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 import pandas as pd
 from ..core.data import batches
 from ..core.model import LM, load
@@ -73,7 +74,7 @@ def _blocks(folder, found, lm, world): # Which blocks: picks, what they cost, wh
     if 'spans' in found.finished:
         healed = tables['healed'] = _healed_spans(found)
         shares = [t for t,m in found.recovery('spans').tasks.items() if m!='perplexity']
-        tables['foretold_healed'] = pd.concat([foretells(study.scores, healed, t, higher_is_better=True).assign(target=t) for t in ('average', shares[0]) if t in healed])
+        tables['foretold_healed'] = pd.concat([foretells(study.scores, healed, t, higher_is_better=True).assign(target=t) for t in ('average', *shares[:1]) if t in healed] or [pd.DataFrame()])
     for k,v in tables.items(): v.to_csv(folder/f'{k}.csv', index=False)
 
 def _students(found, lm, world): # The headline's students of the first seed, and the cut before healing
@@ -86,8 +87,8 @@ def _prompts(world, n): # Held-out questions that are answered in words, some of
 
 def _sets(found, lm, world): # What the arms on the headline's rows read, in the words of each
     own = found.questions['headline']['self-data'].cell
-    cells = {a.cell.words:replace(own, words=a.cell.words) for q in found.questions.values() for a in q.values() if a.cell.method=='tune' and a.cell.source==own.source}
-    return {w:_rows(found, lm, world, c) for w,c in cells.items()}
+    cells = {(a.cell.words, a.cell.voice):replace(own, words=a.cell.words, voice=a.cell.voice) for q in found.questions.values() for a in q.values() if a.cell.method=='tune' and a.cell.source==own.source}
+    return {f'{w}, voice {v}' if len(world.voices)>1 else w:_rows(found, lm, world, c) for (w,v),c in cells.items()}
 
 def _shift(folder, found, lm, world): # How far from the teacher
     prompts = _prompts(world, 120)
@@ -104,7 +105,7 @@ def _maps(folder, found, lm, world): # CKA against the teacher, every layer of e
 
 def _merges(folder, found, lm, world): # Two students of different sets, and one of both
     one,two,both = (student(found, lm, world, 'words', f'self-data, {s}') for s in world.sources[:3])
-    base = _students(found, lm, world)['pruned']
+    base = prune(lm, Plan(lm.n, found.questions['words']['pruned'].cell.blocks))
     arms = {'pruned':base, **{f'self-data, {s}':m for s,m in zip(world.sources, (one, two, both))}}
     for t in (.25, .5, .75): arms |= {f'SLERP, t {t}':merge(one, two, t), f'linear, t {t}':merge(one, two, t, how='linear'), f'SLERP of differences, t {t}':merge(one, two, t, base=base)}
     r = Recovery(score_all({'teacher':lm, **arms}, world.tasks('evaluation')), seed=found.settings['seed'])
@@ -152,6 +153,7 @@ def write_tables(
 
 # %% ../../nbs/lab/75_selfdata.ipynb #c010
 def _world(lm, data, also, rule, n, limit, max_new_tokens): # The pocket world, or that of a file
+    if data is None and (also or rule!='auto'): raise ValueError('`also` and `rule` are about rows of your own: give `data`, too.')
     if data is None: return pocket_world(limit or 800, n or 100)
     return own_world(lm, data, also, rule, n or 200, limit, max_new_tokens)
 
@@ -160,11 +162,23 @@ def _share(workers, teacher): # Threads for each of them
     if workers>1 and isinstance(teacher, LM): raise ValueError('Several workers each open the teacher themselves: give its folder or hub id in place of an LM, or workers=1.')
     return max(1, (os.cpu_count() or 1)//workers)
 
+def _numbers(least, **given): # Whole numbers, each at least so much
+    for k,v in given.items():
+        if v<least: raise ValueError(f'`{k}` is a number, at least {least}, not {v}.')
+
+def _several(name, given, kind): # Numbers above 0
+    try: got = [kind(o) for o in given]
+    except ValueError: got = []
+    if not got or min(got)<=0: raise ValueError(f'`{name}` are numbers above 0, one at least, not {", ".join(map(str, given)) or "none"}.')
+    return got
+
+def _teacher(teacher, dtype, device): return load() if teacher is None else _opened(teacher, dtype, device)
+
 @contextmanager
-def _helped(found, workers, teacher, settings): # Other processes that run the same comparison in the same folder meanwhile
+def _helped(found, workers, teacher, dtype, device, ask, rows): # Other processes that train and ask students in the same folder meanwhile
     import multiprocessing, torch
     was,share = torch.get_num_threads(),_share(workers, teacher)
-    ps = [multiprocessing.get_context('spawn').Process(target=_help, args=(str(found.out), teacher, settings, share), daemon=True) for _ in range(workers-1)]
+    ps = [multiprocessing.get_context('spawn').Process(target=_help, args=(found.out, teacher, dtype, device, ask, rows, share), daemon=True) for _ in range(workers-1)]
     for p in ps: p.start()
     if ps: torch.set_num_threads(share)
     try: yield
@@ -172,10 +186,18 @@ def _helped(found, workers, teacher, settings): # Other processes that run the s
         torch.set_num_threads(was)
         for p in ps: p.terminate(); p.join()
 
-def _help(out, teacher, settings, threads): # What such a process does
+def _help(out, teacher, dtype, device, ask, rows, threads): # What such a process does; tables are written by one alone
     import torch
     torch.set_num_threads(threads)
-    self_data_distillation(out, teacher, **settings)
+    Thread(target=_end_with_parent, daemon=True).start()
+    lm = _teacher(teacher, dtype, device)
+    world = _world(lm, **rows)
+    student_tables(train_all(Comparison(out, {}), lm, world, ask), lm, world)
+
+def _end_with_parent(): # However that ends, a kill included
+    from multiprocessing import parent_process
+    parent_process().join()
+    os._exit(1)
 
 def self_data_distillation(
     out='runs/self-data-distillation', # Folder of the comparison; run again with the same one, it goes on where it stopped
@@ -199,15 +221,18 @@ def self_data_distillation(
     fresh=False,        # Throw away the comparison that is in `out`, and start over
 )->Comparison:
     "Everything that 2410.09982 compares, on the pocket teacher or a model and rows of one's own: resumable, shared among processes"
-    lm,rates,drafts = load() if teacher is None else _opened(teacher, dtype, device),[float(o) for o in rates],[int(o) for o in drafts]
-    drop = int(drop) or max(1, round(lm.n*6/32))
     _asked({}, ask), _share(workers, teacher)
+    _numbers(1, seeds=seeds, steps=steps, batch_size=batch_size, max_new_tokens=max_new_tokens), _numbers(0, n=n, limit=limit)
+    rates,drafts = _several('rates', rates, float),_several('drafts', drafts, int)
+    lm = _teacher(teacher, dtype, device)
+    drop = int(drop) or max(1, round(lm.n*6/32))
     if not 1<=drop<lm.n: raise ValueError(f'`drop` is a number of blocks from 1 to {lm.n-1} for {lm.name}, not {drop}.')
-    world = _world(lm, data, also, rule, n, limit, max_new_tokens)
+    told = dict(data=data, also=also, rule=rule, n=n, limit=limit, max_new_tokens=max_new_tokens)
+    world = _world(lm, **told)
     settings = dict(format=1, paper='2410.09982', teacher=lm.name, fingerprint=lm.fingerprint, world=world.name, prints=world.prints, sizes=world.sizes, drop=drop, n=n, seeds=seeds, steps=steps,
                     batch_size=batch_size, rates=rates, max_new_tokens=max_new_tokens, drafts=drafts, seed=0)
     found = Comparison(claim(out, settings, fresh, 'comparison'), {})
-    with _helped(found, workers, teacher, dict(data=data, drop=drop, also=also, rule=rule, ask=ask, n=n, limit=limit, seeds=seeds, steps=steps, batch_size=batch_size, rates=rates, max_new_tokens=max_new_tokens, drafts=drafts, dtype=dtype, device=device)):
+    with _helped(found, workers, teacher, dtype, device, ask, told):
         found = train_all(found, lm, world, ask)
         found.say(f'tables: {write_tables(found, lm, world)}')
         return found
