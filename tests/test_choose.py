@@ -119,3 +119,33 @@ def test_picks_of_one_and_of_many():
     assert t.columns.tolist()==['measure', 'draw', 'n', 'drop'] and sorted(set(t.n))==[1, 2, 3, 4] and len(t)==4*3
     assert t[(t.measure=='deepest')&(t.n==1)]['drop'].tolist()==['(6,)']
     with pytest.raises(ValueError, match='models of 6, 8 blocks'): picks({'a': deepest(8), 'b': deepest(6)})
+
+
+def test_refused_before_anything_is_measured(lm, draws, monkeypatch):
+    "Halves, names that are taken, sizes and measures that cannot be: said at once, not after the dear part, and never taken for something else"
+    from sdlab.compress import choose
+    def dear(*args, **kwargs): raise AssertionError('too late')
+    half = influence(lm, draws[0], part='attention')
+    for f in (lambda: picks({'half': half}), lambda: span_table({'half': half}), lambda: foretells({'half': half}, pd.DataFrame(dict(first=[0], size=[1], value=[0.])))):
+        with pytest.raises(ValueError, match="'half' scores attentions, and these tables are about whole blocks"): f()
+    monkeypatch.setattr(choose, 'quality', dear), monkeypatch.setattr(choose, 'Trial', dear), monkeypatch.setattr(choose, 'importance', dear)
+    for sizes in ((0, 2), (3, 6), (2., 3)):
+        with pytest.raises(ValueError, match='sizes go from 1 to 5'): block_study(lm, draws, sizes=sizes)
+        with pytest.raises(ValueError, match='sizes go from 1 to 5'): one_shot_or_iterative(lm, {'deepest': dear}, draws[0], sizes=sizes)
+        with pytest.raises(ValueError, match='sizes go from 1 to 5'): picks({'deepest': deepest(6)}, sizes=sizes)
+    with pytest.raises(ValueError, match='`sizes` is empty'): block_study(lm, draws, sizes=())
+    for name in ('exact KL', 'random', 'block influence'):
+        with pytest.raises(ValueError, match=f'called {name!r} is there already'): block_study(lm, draws, measures={name: dear})
+    for f, what in ((lambda m, bs: 3, 'is not `Scores`'), (lambda m, bs: half, 'scores attentions'), (lambda m, bs: deepest(5), 'models of 5, 6 blocks')):
+        with pytest.raises((TypeError, ValueError), match=what): block_study(lm, draws, measures={'mine': f})
+
+
+def test_pairs_are_pairs(lm, draws):
+    "One number is nobody's partner but one's, a column is no row; sizes that a measure did not measure are left out, an iterator of sizes is read once for all"
+    for a, b in (([1.], [1, 2, 3, 4.]), (np.arange(5.)[:, None], np.arange(5.))):
+        with pytest.raises(ValueError, match='must be pairs'): rank_correlation(a, b)
+    some = quality(lm, draws[0], sizes=(1, 2))['kl']
+    world = span_table({'random': random_spans(6, 1)}, sizes=(1, 2, 3))
+    told = foretells({'some': some, 'deepest': deepest(6)}, world, draws=20).set_index(['measure', 'n']).spans
+    assert told.to_dict()=={('some', 1): 6, ('some', 2): 5, ('some', 0): 11, ('deepest', 1): 6, ('deepest', 2): 5, ('deepest', 3): 4, ('deepest', 0): 15}
+    assert len(picks({'a': deepest(6), 'b': deepest(6)}, sizes=(n for n in (1, 2))))==4

@@ -35,10 +35,18 @@ def _several(scores):
     "{measure: Scores, or several} -> {measure: tuple of Scores}, all of one model"
     out = {k:(v,) if isinstance(v, Scores) else tuple(v) for k,v in scores.items()}
     if bad := [k for k,v in out.items() if not v or any(not isinstance(s, Scores) for s in v)]: raise TypeError(f'{bad[0]!r} is not `Scores`, as distances, importance or quality give them, nor a list of those')
+    if bad := [(k,s) for k,v in out.items() for s in v if s.part!='block']: raise ValueError(f'{bad[0][0]!r} scores {bad[0][1].what}, and these tables are about whole blocks: measure without `part`')
     if len(depths := sorted({s.L for v in out.values() for s in v}))!=1: raise ValueError(f'These scores are of models of {", ".join(map(str, depths))} blocks: compare measures of one model')
     return out
 
 def _depth(scores): return next(iter(scores.values()))[0].L
+
+def _sizes(sizes, L):
+    "Sizes of cuts of a model of `L` blocks, in order"
+    out = sorted(range(1, L//2+1) if sizes is None else sizes)
+    if bad := [n for n in out if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<L]: raise ValueError(f'Cannot drop {bad[0]!r} of {L} blocks: sizes go from 1 to {L-1}')
+    if not out: raise ValueError('There are no sizes: `sizes` is empty')
+    return out
 
 def picks(
     scores,     # {name of a measure: its `Scores`, or a list of them, one for each draw of texts}
@@ -47,7 +55,7 @@ def picks(
     "Which blocks every measure would cut"
     import pandas as pd
     scores = _several(scores)
-    sizes = sizes or range(1, _depth(scores)//2+1)
+    sizes = _sizes(sizes, _depth(scores))
     return pd.DataFrame([(k, d, n, str(s.best(n).drop)) for k,v in scores.items() for n in sizes for d,s in enumerate(v)], columns=['measure','draw','n','drop'])
 
 # %% ../../nbs/compress/22_choose.ipynb #c009
@@ -70,7 +78,9 @@ def _rho(x, y, parts):
 
 def _paired(a, b, within):
     "Both as (draws of texts, pairs), without pairs that hold a NaN, and the places of each group"
-    a,b = np.broadcast_arrays(*(np.atleast_2d(np.asarray(o, float)) for o in (a,b)))
+    a,b = (np.atleast_2d(np.asarray(o, float)) for o in (a,b))
+    if a.shape[-1]!=b.shape[-1]: raise ValueError('not as many')
+    a,b = np.broadcast_arrays(a, b)
     g = np.zeros(a.shape[1]) if within is None else np.asarray(within)
     if len(g)!=a.shape[1]: raise ValueError(f'`within` names the group of each pair: {a.shape[1]} pairs, but {len(g)} names')
     ok = ~np.isnan(a+b).any(0)
@@ -105,7 +115,8 @@ def span_table(
     "What every measure says of every span; blocks are added up"
     import pandas as pd
     scores = _several(scores)
-    sizes,L = list(sizes or range(1, _depth(scores)//2+1)),_depth(scores)
+    L = _depth(scores)
+    sizes = _sizes(sizes, L)
     at = [(n,l) for n in sizes for l in range(L+1-n)]
     return pd.DataFrame([(k, d, l, n, v) for k,ss in scores.items() for d,s in enumerate(ss) for (n,l),v in zip(at, _values(s, sizes))], columns=['measure','draw','first','size','value'])
 
@@ -137,9 +148,10 @@ def foretells(
     return pd.DataFrame([r for k,v in x.items() for r in _by_size(k, v, y, np.array([n for n,_ in keys]), draws, seed)])
 
 def _by_size(name, x, y, sizes, draws=2000, seed=0):
-    "One row for each size with 3 spans or more, and one for all of them"
+    "One row for each size with 3 spans or more that are known, and one for all of them"
+    known = ~np.isnan(x).any(0)
     for n in [*np.unique(sizes), 0]:
-        at = np.flatnonzero((sizes==n)|(n==0))
+        at = np.flatnonzero(((sizes==n)|(n==0)) & known)
         if n and len(at)<3: continue
         r = rank_correlation(x[...,at], y[...,at], draws, seed, sizes[at])
         yield dict(measure=name, n=int(n), rho=r.rho, low=r.low, high=r.high, spans=r.n, draws=len(x))
@@ -194,7 +206,8 @@ def one_shot_or_iterative(
 ):              # `DataFrame`: `measure`, `how`, `n`, `drop`, and `loss`, `kl` with standard errors, in nats per token on `held`
     "Each measure used once for all blocks, and again after every block: what is cut, and what it costs before healing"
     import pandas as pd
-    sizes,trial,out = sorted(sizes or range(1, lm.n//2+1)),Trial(lm, held),[]
+    sizes,out = _sizes(sizes, lm.n),[]
+    trial = Trial(lm, held)
     for k,measure in measures.items():
         once = measure(lm)
         again = iterative(lm, sizes[-1], lambda m: once if m.n==lm.n else measure(m)).evidence['rounds']
@@ -252,10 +265,19 @@ class BlockStudy:
 # %% ../../nbs/compress/22_choose.ipynb #c027
 _RIVALS = {'angular distance':'distances', 'block influence':'influence', 'relative update':'relative_update'} # name -> its key in the results of `importance`
 
-def _measured(lm, bs, sizes, draw):
-    "{measure: Scores} on one draw of texts"
+_FREE,_TRUE = ('deepest','random'),{'exact loss':'loss', 'exact KL':'kl'}
+
+def _measured(lm, bs, sizes, draw, more):
+    "{measure: Scores} on one draw of texts; what is not ours comes first, since it may be wrong, and the exact quality is dear"
+    theirs = {k:f(lm, bs) for k,f in more.items()}
+    if theirs: _several({k:[o] for k,o in theirs.items()}|{'deepest':deepest(lm)})
     moved,true = importance(lm, bs),quality(lm, bs, sizes)
-    return {**{k:moved[v] for k,v in _RIVALS.items()}, 'deepest':deepest(lm), 'random':random_spans(lm, draw), 'exact loss':true['loss'], 'exact KL':true['kl']}
+    free = dict(zip(_FREE, (deepest(lm), random_spans(lm, draw))))
+    return {**{k:moved[v] for k,v in _RIVALS.items()}, **free, **{k:true[v] for k,v in _TRUE.items()}, **theirs}
+
+def _named(more):
+    "Raise if a measure would take the place of one of ours, the truth among them"
+    if bad := [k for k in more if k in {*_RIVALS, *_FREE, *_TRUE}]: raise ValueError(f'A measure called {bad[0]!r} is there already: give yours another name')
 
 def _apart(draws):
     "Raise unless the draws are several and share no text"
@@ -299,9 +321,9 @@ def block_study(
     Measures are angular distance (Gromov et al. 2403.17887), block influence (ShortGPT 2403.03853), relative update, the deepest
     blocks but the last, a random span, and the exact loss and divergence on the texts of the draw itself. The truth for one draw is
     the exact quality on the texts of all others. It costs one `quality` per draw, and little else."""
-    sizes,draws = tuple(sorted(sizes or range(1, lm.n//2+1))),[list(o) for o in draws]
-    _apart(draws)
-    per = [{**_measured(lm, bs, sizes, d), **{k:f(lm, bs) for k,f in (measures or {}).items()}} for d,bs in enumerate(_bar(draws, progress))]
+    sizes,draws = tuple(_sizes(sizes, lm.n)),[list(o) for o in draws]
+    _apart(draws), _named(measures or {})
+    per = [_measured(lm, bs, sizes, d, measures or {}) for d,bs in enumerate(_bar(draws, progress))]
     scores = _several({k:[o[k] for o in per] for k in per[0]})
     x = {k:np.stack([_values(s, sizes) for s in v]) for k,v in scores.items()}
     true,at = dict(loss=x['exact loss'], kl=x['exact KL']),np.concatenate([[n]*(lm.n+1-n) for n in sizes])
