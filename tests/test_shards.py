@@ -189,3 +189,20 @@ def test_passthrough():
         assert [s['sources'] for s in got['slices']]==[[dict(model='user/model', layer_range=r)] for r in want] and got['merge_method']=='passthrough'
         assert [i for a, b in want for i in range(a, b)]==list(plan.keep)
     with pytest.raises(ValueError, match='no word for'): passthrough('user/model', Plan(L, attn=(1,)))
+
+
+def test_where_the_folder_is_to_be(tmp_path, monkeypatch):
+    "A link is followed; a place that no folder can take is refused before the work, not after it; names that YAML would read otherwise are quoted"
+    import yaml
+    src = folder('Llama', tmp_path/'whole')
+    (tmp_path/'real').mkdir(), (tmp_path/'link').symlink_to(tmp_path/'real')
+    prune_checkpoint(src, Plan(L, (2,)), tmp_path/'link')
+    assert load(tmp_path/'real').n==load(tmp_path/'link').n==L-1 and (tmp_path/'link').is_symlink()
+    def late(*args): raise AssertionError('too late')
+    monkeypatch.setattr(shards, 'hollow', late)
+    (tmp_path/'here').mkdir(), monkeypatch.chdir(tmp_path/'here')
+    with pytest.raises(ValueError, match='where this program runs'): prune_checkpoint(src, Plan(L, (2,)), '.')
+    monkeypatch.setattr(Path, 'is_mount', lambda o: o.name=='disk')
+    with pytest.raises(ValueError, match='where a disk is mounted'): prune_checkpoint(src, Plan(L, (2,)), tmp_path/'disk')
+    for name in ('runs: one/a #b', 'true', '3', '', 'org/model-7B.v2', '- x', "it's"):
+        assert {o['sources'][0]['model'] for o in yaml.safe_load(passthrough(name, Plan(L, (2, 3))))['slices']}=={name}

@@ -6,7 +6,7 @@
 __all__ = ['prune_checkpoint', 'passthrough']
 
 # %% ../../nbs/compress/24_shards.ipynb #c002
-import re
+import json,re
 from pathlib import Path
 import torch
 from ..core.plan import Plan
@@ -88,7 +88,8 @@ def passthrough(
 )->str:    # YAML
     "The same cut as a config for mergekit's `passthrough`"
     if plan.attn or plan.mlp: raise ValueError('mergekit takes whole blocks: it has no word for a block without its attention or its MLP')
+    name = str(model) if re.fullmatch(r'(?i)(?!(true|false|yes|no|on|off|null|y|n)$)[a-z/][\w./-]*', str(model)) else json.dumps(str(model)) # what YAML could take for more than text is quoted
     keep = set(plan.keep)
     runs = zip([i for i in plan.keep if i-1 not in keep], [i+1 for i in plan.keep if i+1 not in keep])
-    slices = [f'  - sources:\n      - model: {model}\n        layer_range: [{a}, {b}]' for a,b in runs]
+    slices = [f'  - sources:\n      - model: {name}\n        layer_range: [{a}, {b}]' for a,b in runs]
     return '\n'.join(['slices:', *slices, 'merge_method: passthrough', ''])

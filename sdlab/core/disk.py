@@ -231,8 +231,9 @@ def _vacant(
     out, # Folder to be made
 )->Path:
     "`out`, if nothing is there that could be lost"
-    out = Path(out).expanduser()
+    out = Path(out).expanduser().resolve() # a link is followed: only a folder itself can be taken the place of
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise FileExistsError(f'{out} is there already: give a folder that is new or empty')
+    if out.is_mount() or out==Path.cwd(): raise ValueError(f'{out} cannot be replaced by another folder (it is where a disk is mounted, or where this program runs): give a folder inside it')
     return out
 
 @contextmanager
