@@ -253,3 +253,14 @@ def test_spec_bench(data):
     short = [o for o in asked if len(teacher.tokenizer(o).input_ids) < 120][::20][:6]
     d = draft(without(teacher, Plan(teacher.n, (teacher.n-2,))), teacher, short, k=3, max_new_tokens=24, batch_size=3)
     assert d.same == 1 and len(short) == 6 and 0 < d.alpha.value < 1
+
+def test_prompts_from_an_iterator_and_odd_temperatures(llama):
+    "They are read once and asked of both; the alternative was an empty text of the teacher alone, and nothing said"
+    student = noisy(llama)
+    for run in (lambda p: draft(student, llama, p, max_new_tokens=4), lambda p: self_draft(llama, Plan(6, (3,)), p, max_new_tokens=4)):
+        d = run(o for o in PROMPTS)
+        assert d.same == 1 and len(d.alone) == len(PROMPTS)
+        with pytest.raises(ValueError, match='There are no prompts'): run(o for o in ())
+        with pytest.raises(TypeError, match='must be a list of prompts'): run('a')
+    for t in (float('nan'), float('inf'), None, '1'):
+        with pytest.raises(ValueError, match='`temperature` is 0'): draft(student, llama, PROMPTS, temperature=t)

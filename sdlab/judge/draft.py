@@ -318,14 +318,16 @@ def _lines(o):
 
 # %% ../../nbs/judge/52_draft.ipynb #c027
 def _check(drafter, teacher, k, temperature, batch_size, prompts):
-    "One sentence on what is wrong, before anything is run"
+    "The prompts as a list, or one sentence on what is wrong, before anything is run"
     for o in (drafter, teacher):
         if not isinstance(o, LM): raise TypeError(f'Drafter and teacher are LMs, not {type(o).__name__}: wrap a model and its tokenizer in LM(model, tokenizer)')
     for name,v in (('k', k), ('batch_size', batch_size)):
         if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f'`{name}` is a whole number of at least 1, not {v!r}')
-    if temperature<0: raise ValueError(f'`temperature` is 0 (greedy) or above, not {temperature}')
+    if not isinstance(temperature, (int,float)) or not 0<=temperature<math.inf: raise ValueError(f'`temperature` is 0 (greedy) or above, not {temperature!r}')
     if drafter.tokenizer.get_vocab()!=teacher.tokenizer.get_vocab(): raise ValueError(f'{drafter.name} and {teacher.name} have different vocabularies ({len(drafter.tokenizer)} and {len(teacher.tokenizer)} tokens): a draft is a list of token ids, which must mean the same to both; take a drafter that was cut from the teacher')
-    if hasattr(prompts, '__len__') and not len(prompts): raise ValueError('There are no prompts to write an answer to: the list is empty')
+    if isinstance(prompts, (str,dict)) or not hasattr(prompts, '__iter__'): return prompts # of which `generate` says what is wrong
+    if not (prompts := list(prompts)): raise ValueError('There are no prompts to write an answer to: the list is empty')
+    return prompts
 
 def _fits_in(drafter, ids, limit):
     "Raise if the drafter's context is too short for a text that the teacher may write"
@@ -400,7 +402,7 @@ def draft(
     progress=False,    # Show a bar?
 )->Drafted:
     "Write what `teacher` would write, with `drafter` drafting for it (Leviathan et al. 2211.17192)"
-    _check(drafter, teacher, k, temperature, batch_size, prompts)
+    prompts = _check(drafter, teacher, k, temperature, batch_size, prompts)
     return _run(partial(_Plain, drafter, teacher), [drafter.model, teacher.model], teacher, drafter, prompts, k, temperature, max_new_tokens, seed, batch_size, timed, progress)
 
 # %% ../../nbs/judge/52_draft.ipynb #c038
@@ -440,7 +442,7 @@ def self_draft(
 )->Drafted:
     "`draft` by a part of the teacher itself: the blocks before the first difference are run once for both (self-speculation, in the manner of Zhang et al. 2309.08168)"
     student = without(teacher, plan) if isinstance(plan, Plan) and isinstance(teacher, LM) else plan
-    _check(student, teacher, k, temperature, batch_size, prompts)
+    prompts = _check(student, teacher, k, temperature, batch_size, prompts)
     parts = _split(teacher, student)
     verify = 1. if bonus else _rate(parts[2])/_rate(teacher)
     return _run(partial(_Shared, *parts), [o.model for o in parts], teacher, student, prompts, k, temperature, max_new_tokens, seed, batch_size, timed, progress, bonus, verify)
