@@ -95,3 +95,14 @@ def test_the_bandwidth():
     close(median_distance(x+1000), median_distance(x), 1e-3)
     close(centred_rbf(5*x.double(), 5*median_distance(x)), centred_rbf(x.double(), median_distance(x)), 1e-5)
     assert abs(rbf_cka(x[0], x[1]))<.3
+
+
+def test_a_bandwidth_that_sees_nobody_is_said():
+    "Too narrow a kernel leaves 0/0: blank, with the reason"
+    from families import tiny, tokenizer
+    lm = LM(tiny('Llama'), tokenizer(), 'tiny')
+    texts = [f'{a} {b} {c}' for a in ('Ann has', 'Ben sees', 'One dog:') for b in ('12 pens.', 'why?') for c in 'abcd']
+    m = cka(lm, lm, texts, kernel='rbf', sigma=1e-4)
+    blank = [f'Layer {l} of tiny is blank' for l in range(1, 7)]
+    assert m.matrix[1:, 1:].isnan().all() and all(sum(o.startswith(b) and 'raise `sigma`' in o for o in m.blank)==2 for b in blank)
+    assert not [o for o in cka(lm, lm, texts, kernel='rbf').blank if 'raise' in o]

@@ -335,3 +335,17 @@ def test_on_a_real_model(data):
     for k, s in all3.items(): close(s.values, again[k], 1e-4)
     assert all3['distances'].best(1).n==lm.n==5
     close(cka(lm, lm, texts).diagonal[1:], torch.ones(lm.n), 1e-5)
+
+
+def test_the_clock_refuses_before_it_runs():
+    "Texts beyond the context, no rounds; and an iterator of sizes gives all of them"
+    from sdlab.compress.depth import without
+    from sdlab.measure.cost import pace, seconds_per_token
+    gpt = LM(tiny('GPT-2'), tokenizer(), 'gpt')
+    n = gpt.config.n_positions
+    with pytest.raises(ValueError, match=f'gpt reads no more than {n} tokens, and the clock would have it read {n+1}'): seconds_per_token(gpt, n+1)
+    with pytest.raises(ValueError, match='lower `context`'): by_depth(gpt, (2,), context=2*n, cut=without)
+    with pytest.raises(ValueError, match='lower `context`'): pace({'gpt': gpt}, context=n-2, repeats=4, step=True)
+    with pytest.raises(ValueError, match='at least 1, not 0'): pace({'gpt': gpt}, context=4, repeats=0)
+    assert len(pace({'gpt': gpt}, context=n-3, repeats=2, step=True))==1 and seconds_per_token(gpt, n)>0
+    assert by_depth(gpt, (k for k in (1, 2))).frame().dropped.tolist()==[1, 2]

@@ -338,6 +338,7 @@ def kernels(
 # %% ../../nbs/measure/12_cka.ipynb #c040
 def _why_blank(flat, layers, name, why='it has the same state for every text'): return [f'Layer {l} of {name} is blank: {why}' for l,f in zip(layers, flat.tolist()) if f]
 
+_ALONE = 'no two examples are near enough for the kernel to see both: raise `sigma`'
 _NO_WIDTH = 'more than half of the pairs have the same state there, so their median distance, from which the bandwidth is made, is 0'
 
 def _alike(models, enc):
@@ -372,8 +373,9 @@ def cka(
         total,seen,widths = h if total is None else total+h, [a+b for a,b in zip(seen, (k.spread,k.size,l.spread,l.size))],[k.width,l.width]
     flat = _flat(*seen[:2], student.dtype),_flat(*seen[2:], teacher.dtype)
     narrow = [_narrow(w, f) for w,f in zip(widths, flat)]
-    blank = [o for f,w,m in zip(flat, narrow, both) for o in _why_blank(f, _layers(m), m.name)+_why_blank(w, _layers(m), m.name, _NO_WIDTH)]
-    a,b = (f|w for f,w in zip(flat, narrow))
+    alone = [(v==0)&~f&~w for v,f,w in zip((total.xx,total.yy), flat, narrow)]
+    blank = [o for f,w,z,m in zip(flat, narrow, alone, both) for o in _why_blank(f, _layers(m), m.name)+_why_blank(w, _layers(m), m.name, _NO_WIDTH)+_why_blank(z, _layers(m), m.name, _ALONE)]
+    a,b = (f|w|z for f,w,z in zip(flat, narrow, alone))
     return CKA(total.cka.masked_fill(a[:,None]|b, float('nan')), _layers(student), _layers(teacher), total.sizes, student.name, teacher.name, pool, unbiased, seed, made[0], tuple(blank), examples, kernel, sigma)
 
 def _narrow(width, flat): return torch.zeros_like(flat) if width is None else (width.cpu()==0)&~flat # Layers without a bandwidth, that are not blank anyway

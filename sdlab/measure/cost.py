@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass,replace
 import torch
 from torch import nn
+from ..core.data import context as room
 from ..core.plan import PARTS,Plan
 
 # %% ../../nbs/measure/13_cost.ipynb #c005
@@ -102,8 +103,14 @@ def _pass(lm, ids, step):
     past = lm.model(input_ids=ids, use_cache=True).past_key_values         # grows by a token a round, alike for all
     return lambda: lm.model(input_ids=ids[:,-1:], past_key_values=past, use_cache=True)
 
+def _timable(lms, tokens, repeats):
+    "Raise before anything is run"
+    if repeats<1: raise ValueError(f'`repeats` is how often the clock is asked, at least 1, not {repeats}')
+    if short := [lm for lm in lms if (room(lm) or tokens)<tokens]: raise ValueError(f'{short[0].name} reads no more than {room(short[0])} tokens, and the clock would have it read {tokens}: lower `context`')
+
 def _rounds(lms, context, batch, repeats, step):
     "Seconds per token of each model in each round, in turns; shape (repeats, models)"
+    _timable(lms, context+(repeats+1)*step, repeats)
     ids = [torch.zeros(batch, context, dtype=torch.long, device=lm.device) for lm in lms]
     def clock(run, x):
         if x.is_cuda: torch.cuda.synchronize()
@@ -233,7 +240,7 @@ def by_depth(
     **kwargs,            # Passed to `pace`
 )->Depths:
     "What cuts of several sizes save (of the blocks before the last one)"
-    model,cfg = _built(lm)
+    (model,cfg),sizes = _built(lm),tuple(sizes)
     n = cfg.num_hidden_layers
     if bad := [k for k in sizes if not 0<k<n]: raise ValueError(f'{bad[0]} of {n} blocks cannot be dropped: sizes are between 1 and {n-1}')
     if cut and not hasattr(lm, 'model'): raise ValueError('Only a model that exists can be timed: pass an LM, or no `cut`')
