@@ -301,11 +301,14 @@ def chunks(
     lm,          # Tokenizer, or anything with `.tokenizer`
     source,      # Plain texts: anything that `rows` reads into a column `text`
     size=None,   # Longest piece in tokens, its beginning and end marks included (default: the `context`)
-)->'Dataset':    # `text`, one row per piece, in order; a source without long texts comes back as it is
+)->'Dataset':    # `text`, one row per piece, in order, and `ended`, is it the last of its text? (no end is learned at the others); a source without long texts has `text` alone
     "Long texts as pieces that a model can read, cut between words"
     tok,n,ds = getattr(lm, 'tokenizer', lm), size or context(lm), rows(source)
     if 'text' not in ds.column_names: raise ValueError(f"Only plain texts can be cut into pieces; these rows have {', '.join(ds.column_names)}.")
-    return ds if n is None else rows([p for t in ds['text'] for p in _pieces(tok, t, n-len(_bos(tok))-1)])
+    if n is None: return ds
+    cut = [list(_pieces(tok, t, n-len(_bos(tok))-1)) for t in ds['text']]
+    if all(len(o)==1 for o in cut): return rows([o[0] for o in cut])
+    return rows([dict(text=p, ended=i==len(o)) for o in cut for i,p in enumerate(o, 1)])
 
 # %% ../../nbs/core/02_data.ipynb #c040
 def _padded(lists, value, side):
