@@ -151,8 +151,10 @@ def dry_run(
     config,name = _config(teacher)
     cfg = config.get_text_config()
     if not isinstance(rows, int): rows,prompt,answer = _lengths(teacher, rows)
-    if bad := [k for k,v in dict(rows=rows, prompt=prompt, answer=answer, batch_size=batch_size, cards=cards, card=card, flops=flops, bandwidth=bandwidth, use=use).items() if v<=0]: raise ValueError(f'{bad[0]} must be more than 0')
-    plan = drop if isinstance(drop, Plan) else Plan(cfg.num_hidden_layers, range(cfg.num_hidden_layers-1-drop, cfg.num_hidden_layers-1) if 0<drop<cfg.num_hidden_layers else range(drop))
+    if bad := [k for k,v in dict(rows=rows, prompt=prompt, answer=answer, batch_size=batch_size, cards=cards, card=card, flops=flops, bandwidth=bandwidth, use=use, items=items, answer_batch=answer_batch, arms=arms, lora=lora, calibration=calibration).items() if v<=0]: raise ValueError(f'{bad[0]} must be more than 0')
+    n = cfg.num_hidden_layers
+    if not isinstance(drop, Plan) and (not isinstance(drop, int) or isinstance(drop, bool) or not 1<=drop<n): raise ValueError(f'`drop` is a Plan or a number of blocks from 1 to {n-1}, not {drop!r}')
+    plan = drop if isinstance(drop, Plan) else Plan(n, range(n-1-drop, n-1))
     c = cost(config, plan, context=prompt+answer, dtype=dtype)
     w = _Work(cfg, c, plan, rows, prompt, answer, epochs, batch_size, lora, calibration, items, answer_batch, cards, flops*use, bandwidth*use,
               c.whole.params>1e9 if checkpointing is None else checkpointing, _skeleton(config), arms)
