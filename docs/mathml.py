@@ -11,7 +11,7 @@ SIGNS = {'cdot': '·', 'cdots': '⋯', 'ldots': '…', 'dots': '…', 'approx': 
          'partial': '∂', 'nabla': '∇', 'subset': '⊂', 'cup': '∪', 'cap': '∩', 'circ': '∘', 'odot': '⊙', 'otimes': '⊗', 'propto': '∝', 'equiv': '≡', 'perp': '⊥', 'forall': '∀', 'exists': '∃', 'setminus': '∖',
          'sum': '∑', 'prod': '∏', 'int': '∫', '|': '‖', 'lVert': '‖', 'rVert': '‖', 'Vert': '‖', 'lvert': '|', 'rvert': '|', 'langle': '⟨', 'rangle': '⟩', 'lfloor': '⌊', 'rfloor': '⌋', 'lceil': '⌈', 'rceil': '⌉',
          '{': '{', '}': '}', '%': '%', '_': '_', '$': '$', '#': '#', '&': '&'}
-WORDS = 'log exp ln cos sin tan arccos arcsin arctan max min arg argmax argmin det dim ker lim sup inf Pr tr rank'.split()
+WORDS = 'log exp ln cos sin tan tanh arccos arcsin arctan max min arg argmax argmin det dim ker lim sup inf Pr tr rank'.split()
 SPACES = {',': .167, ':': .222, ';': .278, ' ': .3, '!': -.167, 'quad': 1, 'qquad': 2, '~': .3}
 ACCENTS = {'hat': 'ˆ', 'tilde': '˜', 'bar': '¯', 'vec': '→', 'dot': '˙', 'overline': '¯', 'widehat': 'ˆ', 'widetilde': '˜'}
 FONTS = dict(mathrm='normal', mathbf='bold', mathcal='script', mathbb='double-struck', operatorname='normal', mathsf='sans-serif', mathit='italic')
@@ -86,7 +86,7 @@ class _Reader:
         if name in WORDS: return self.word(name)
         if name in SPACES: return _space(SPACES[name])
         if name in ACCENTS: return _tag('mover', self.group()+_tag('mo', ACCENTS[name], stretchy='true' if name in ('overline', 'widehat', 'widetilde') else 'false'), accent='true')
-        if name in ('text', 'textbf', 'mbox'): return _tag('mtext', escape(re.sub(r"\\(.)", r'\1', self.raw())).replace(' ', '&#160;'))
+        if name in ('text', 'textbf', 'texttt', 'mbox'): return _tag('mtext', escape(re.sub(r"\\(.)", r'\1', self.raw())).replace(' ', '&#160;'))
         if name in FONTS: return _tag('mi', escape(_font(self.raw() if self.peek()=='{' else self.next(), FONTS[name])), mathvariant='normal')
         if name in ('frac', 'tfrac', 'dfrac'): return _tag('mfrac', self.group()+self.group(), **(dict(displaystyle='false') if name=='tfrac' else {}))
         if name=='sqrt': return self.root()
