@@ -234,5 +234,5 @@ def self_data_distillation(
     found = Comparison(claim(out, settings, fresh, 'comparison'), {})
     with _helped(found, workers, teacher, dtype, device, ask, told):
         found = train_all(found, lm, world, ask)
-        found.say(f'tables: {write_tables(found, lm, world)}')
+        found.say(f'{len(list(write_tables(found, lm, world).glob("*.csv")))} tables in {found.out.name}/tables')
         return found
