@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'METHODS', 'QUESTIONS', 'World', 'pocket_world', 'own_world'
            'student', 'train_all']
 
 # %% ../../nbs/lab/73_comparison.ipynb #c002
-import json, math
+import ast, json, math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -273,7 +273,7 @@ def _picks(folder, lm, texts, held, sizes): # What each measure would cut, at ev
     named = {dict(distances='angular distance', influence='block influence', relative_update='relative update').get(k, k):v for k,v in found.items()}
     picks = {k:{str(n):v.best(n).drop for n in sizes} for k,v in named.items()}
     cuts = one_shot_or_iterative(lm, {'angular distance':lambda m: distances(m, calib), 'exact kl':exact(lm, few)}, batches(lm, held, size=32), sizes)
-    for o in cuts[cuts.how=='iterative'].itertuples(): picks.setdefault(f'{o.measure}, iterative', {})[str(o.n)] = json.loads(o.drop.replace('(', '[').replace(',)', ')').replace(')', ']'))
+    for o in cuts[cuts.how=='iterative'].itertuples(): picks.setdefault(f'{o.measure}, iterative', {})[str(o.n)] = ast.literal_eval(o.drop)
     cuts.to_csv(folder/'cutting.csv', index=False)
     pd.concat([v.frame().assign(measure=k) for k,v in named.items()]).to_csv(folder/'scores.csv', index=False)
     (folder/'picks.json').write_text(json.dumps(picks, indent=1))

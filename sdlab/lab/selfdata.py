@@ -22,7 +22,7 @@ from ..compress.depth import _versions, prune
 from ..compress.merge import cosines, merge
 from ..judge.draft import draft, self_draft
 from ..judge.health import health
-from ..judge.recovery import Recovery
+from ..judge.recovery import KINDS, Recovery
 from ..judge.score import score_all
 from ..judge.shift import shift
 from .comparison import Comparison, _asked, _rows, own_world, pocket_world, student, train_all
@@ -30,36 +30,33 @@ from .study import _opened, _write, claim
 from .sweep import sweep
 
 # %% ../../nbs/lab/75_selfdata.ipynb #c005
-def _differences(found): # Self-data minus SFT, wherever a question has both under one condition
+def _joined(parts): return pd.concat(parts, ignore_index=True) if (parts := list(parts)) else pd.DataFrame()
+
+def _differences(told): # Self-data minus SFT, wherever a question has both under one condition
     out = []
-    for q in found.finished:
-        r = found.recovery(q)
+    for q,r in told.items():
         for a in (a for a in r.arms if a.startswith('self-data') and 'SFT'+a[9:] in r.arms):
             out.append(r.difference(a, 'SFT'+a[9:]).assign(question=q, condition=a[9:].strip(', ')))
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+    return _joined(out)
 
 def _held_against(q, arm, arms): # The arm that another is compared with, where a question is about a change of one thing
     if q=='sizes' and ' rows' in arm: return next(a for a in arms if a.startswith(arm.split(',')[0]+','))      # the smallest set
     if q=='words' and ',' in arm: return 'self-data, '+arm.rsplit(', ', 1)[-1]                                  # the same rows
     if q in ('headline','greedy','rivals','chosen') and arm!='teacher': return next((a for a in ('self-data','pruned') if a in arms and a!=arm), None) or next((a for a in arms if a.startswith('self-data')), None)
 
-def _contrasts(found): # Every arm against the one that its question is around, on the same items
-    out = []
-    for q in found.finished:
-        r = found.recovery(q)
-        pairs = [(a, b) for a in r.arms if (b := _held_against(q, a, r.arms)) and a!=b]
-        out += [r.difference(a, b).assign(question=q) for a,b in pairs]
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+def _contrasts(told): # Every arm against the one that its question is around, on the same items
+    return _joined(r.difference(a, b).assign(question=q) for q,r in told.items() for a in r.arms if (b := _held_against(q, a, r.arms)) and a!=b)
 
-def _kinds(found): return pd.concat([found.recovery(q).by().assign(question=q) for q in found.finished if set(found.recovery(q).tasks) & {'sums','facts'}] or [pd.DataFrame()])
+def _kinds(told): return _joined(r.by().assign(question=q) for q,r in told.items() if set(r.tasks) & {t for kind in KINDS.values() for t in kind})
 
-def _healths(found): return pd.concat([health(found.items(q)).frame().assign(question=q) for q in found.finished if (found.items(q).metric=='exact').any()] or [pd.DataFrame()])
+def _healths(told): return _joined(health(r.items).frame().assign(question=q) for q,r in told.items() if 'exact' in r.tasks.values())
 
 def score_tables(
     found, # `Comparison`
 )->dict:   # {name: DataFrame}
     "What can be told from the answers alone"
-    return {'cells':found.frame(), 'differences':_differences(found), 'contrasts':_contrasts(found), 'kinds':_kinds(found), 'health':_healths(found), 'rates':pd.read_csv(found.out/'rates.csv'), 'cutting':pd.read_csv(found.out/'spans'/'cutting.csv')}
+    told = {q:found.recovery(q) for q in found.finished}                       # the items are drawn again once for all tables
+    return {'cells':found.frame(), 'differences':_differences(told), 'contrasts':_contrasts(told), 'kinds':_kinds(told), 'health':_healths(told), 'rates':pd.read_csv(found.out/'rates.csv'), 'cutting':pd.read_csv(found.out/'spans'/'cutting.csv')}
 
 # %% ../../nbs/lab/75_selfdata.ipynb #c007
 def _healed_spans(found): # What came back without every span: `first`, `size`, and the scores after healing
@@ -69,7 +66,7 @@ def _healed_spans(found): # What came back without every span: `first`, `size`, 
     return f.pivot_table(index=['first','size'], columns='task', values='score').reset_index().astype({'first':int, 'size':int})
 
 def _blocks(folder, found, lm, world): # Which blocks: picks, what they cost, what foretells it before and after healing
-    study = block_study(lm, [batches(lm, o, size=32) for o in deal(world.texts(0), 4)], sorted({*range(1, lm.n//2+1)}))
+    study = block_study(lm, [batches(lm, o, size=32) for o in deal(world.texts(0), 4)])
     tables = dict(picks=study.picks, foretold=study.foretold, spans=study.spans())
     if 'spans' in found.finished:
         healed = tables['healed'] = _healed_spans(found)
