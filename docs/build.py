@@ -209,7 +209,7 @@ def planned(root): # {page: function of (files, kept, links) -> Markdown}
         page = p.relative_to(root/'nbs').with_suffix('.md').as_posix()
         todo[page] = lambda *args, p=p, page=page: pages_of(cells_of(p), p, root, page, *args)
     for m,lesson in modules(root).items(): todo[f'api/{m}.md'] = lambda files, kept, links, m=m, lesson=lesson: api(m, lesson, kept)
-    if depth.exists(): todo['families.md'] = lambda *args: '# Families\n\n'+pages_of(section(depth, 'famil'), depth, root, 'families.md', *args)+'\nMade by running [depth](compress/20_depth.md).\n'
+    if depth.exists(): todo['families.md'] = lambda *args: '# Families\n\n'+pages_of(section(depth, 'famil'), depth, root, 'families.md', *args)+'\nMade by running [depth](compress/00_prune.md).\n'
     for f,page in OTHER.items():
         if (root/f).exists(): todo[page] = lambda files, kept, links, f=f, page=page: relinked((root/f).read_text(encoding='utf-8'), '', page, links)
     return todo

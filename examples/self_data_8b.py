@@ -71,11 +71,11 @@ def study(a):
     from sdlab.core.data import batches, rows, split
     from sdlab.core.model import LM, load
     from sdlab.core.plan import Plan
-    from sdlab.distill.rewrite import rewrite
+    from sdlab.heal.rewrite import rewrite
     from sdlab.judge.recovery import Recovery
     from sdlab.judge.score import score
     from sdlab.measure.importance import distances
-    from sdlab.recover.tune import tune
+    from sdlab.heal.tune import tune
     state = PartialState(cpu=a.cpu, timeout=timedelta(days=1))                 # a barrier may wait for hours
     rank, world, main = state.process_index, state.num_processes, state.is_main_process
     fsdp = world>1 and os.environ.get('ACCELERATE_USE_FSDP', '').lower()=='true' and not a.cpu

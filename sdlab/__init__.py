@@ -4,7 +4,7 @@ Importing this loads neither torch nor transformers: `sdlab.load`, `sdlab.prune`
 `sdlab.all` are imported when they are first asked for. Notebooks use `from sdlab.all import *`."""
 __version__ = "0.1.0"
 
-_wings = ('core', 'measure', 'compress', 'distill', 'recover', 'judge', 'lab', 'all')
+_wings = ('core', 'measure', 'compress', 'heal', 'judge', 'experiment', 'lab', 'all')
 
 def __getattr__(name):
     "A wing, or a name of the public vocabulary (PEP 562)"

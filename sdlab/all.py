@@ -10,41 +10,42 @@ from .core.plot import *
 from .core.plan import *
 from .core.data import *
 from .core.model import *
-from .core.parts import *
+from .core.units import *
 from .core.answers import *
 from .core.pocket import *
 from .core.disk import hollow
-from .measure.stream import *
+from .measure.scan import *
 from .measure.importance import *
 from .measure.cka import *
 from .measure.cost import *
 from .measure.trajectory import *
 from .measure.text import *
 from .measure.scale import dry_run
-from .compress.depth import *
-from .compress.quality import *
-from .compress.choose import block_study, foretells, iterative, picks, rank_correlation
+from .compress.prune import *
+from .measure.exact import *
+from .measure.agree import block_study, foretells, iterative, picks, rank_correlation
 from .compress.merge import cosines, merge
 from .compress.shards import prune_checkpoint
-from .distill.rewrite import *
-from .recover.tune import *
-from .recover.distil import distil
-from .recover.on_policy import on_policy
+from .heal.rewrite import *
+from .heal.tune import *
+from .heal.distil import distil
+from .heal.on_policy import on_policy
 from .judge.score import *
 from .judge.recovery import *
 from .judge.draft import draft, self_draft
-from .judge.health import health
-from .judge.shift import shift, surprise
+from .judge.degeneration import health
+from .judge.shift import shift
+from .heal.rewrite import surprise
 from .judge.harness import harness
-from .lab.study import *
-from .lab.report import *
-from .lab.selfdata import self_data_distillation
+from .experiment.study import *
+from .experiment.report import *
+from .experiment.selfdata import self_data_distillation
 from .lab.picker import Picker
 from .lab.reader import Reader
 from .lab.watch import Watch
 from .lab.map import Map
 from .lab.compare import Compare
-from .lab.road import road
+from .lab.workflow import road
 
 # %% ../nbs/90_all.ipynb #c005
 __all__ = [o for o in dir() if not o.startswith('_')]

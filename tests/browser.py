@@ -140,7 +140,7 @@ class House:
 
     def road(self, **settings): # Server
         "The page of `sdlab lab`, served as that command serves it"
-        from sdlab.lab.road import lab_command
+        from sdlab.lab.workflow import lab_command
         command, env, _ = lab_command(0, token='{token}', **settings)
         mine = {k:v for k,v in env.items() if os.environ.get(k)!=v}
         return Server(self, 'voila', [c.replace('--port=0', '--port={port}') for c in command], mine)

@@ -8,7 +8,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import families
 import torch
 from sdlab.core.model import LM
-import sdlab.recover.tune as T
+import sdlab.heal.tune as T
 
 ROWS = [dict(prompt=f'What is {i}?', completion=f'It is {i}.') for i in range(16)]
 

@@ -2,7 +2,7 @@
 import json, os, sys, time
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-import sdlab.distill.rewrite as R
+import sdlab.heal.rewrite as R
 from sdlab.core.data import Text, fingerprint
 from toys import toy
 

@@ -8,7 +8,7 @@ from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.measure.cka import cka
 from sdlab.measure.importance import Pairs, Steps, pair_angles
-from sdlab.measure.stream import Likelihood, Seen, scan
+from sdlab.measure.scan import Likelihood, Seen, scan
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?', 'a b', 'zebra']
 

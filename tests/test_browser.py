@@ -291,8 +291,9 @@ HANDS = ["""
 from sdlab.core.model import load
 from sdlab.core.plan import Plan
 from sdlab.core.pocket import pocket_rows, pocket_tasks, pocket_calibration
-from sdlab.compress.depth import prune, without
-from sdlab.distill.rewrite import rewrite
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
+from sdlab.heal.rewrite import rewrite
 import torch
 teacher = load()
 pruned = prune(teacher, Plan.span(12, 5, 2))

@@ -1,9 +1,10 @@
 """Choosing: iterative cutting on a model with a secret, tables that line up, and what is refused before anything is measured"""
 import numpy as np, pandas as pd, pytest, torch
 from families import L, tiny, tokenizer
-from sdlab.compress.choose import Rank, block_study, deal, exact, foretells, iterative, one_shot_or_iterative, picks, rank_correlation, span_table
-from sdlab.compress.depth import prune, without
-from sdlab.compress.quality import quality
+from sdlab.measure.agree import Rank, block_study, deal, exact, foretells, iterative, one_shot_or_iterative, picks, rank_correlation, span_table
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
+from sdlab.measure.exact import quality
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan

@@ -2,7 +2,7 @@
 import copy
 import pytest, torch
 from families import L, tiny, tokenizer
-from sdlab.compress.depth import prune
+from sdlab.compress.prune import prune
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 from sdlab.measure.cka import cka, centred_rbf, hsic, kernels, median_distance, rbf_cka

@@ -6,10 +6,10 @@ import sdlab.lab.compare as C
 from sdlab.core.answers import Task
 from sdlab.core.plan import Plan
 from sdlab.core.pocket import pocket_tasks
-from sdlab.compress.depth import without
+from sdlab.core.units import without
 from sdlab.judge.recovery import Recovery, recovery
 from sdlab.lab.compare import Compare, differing
-from sdlab.lab.study import Study
+from sdlab.experiment.study import Study
 
 SUM = 'Ann has 12 pens. Ann buys 5 more. How many pens does Ann have now?'
 BAD = '<script>alert(1)</script><img src=x onerror=alert(2)> שלום $x^2$ 🎈 "\' &amp;'

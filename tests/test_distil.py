@@ -5,10 +5,10 @@ import families
 from sdlab.core.data import encode, prompt_ids, rows
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.compress.depth import prune
-from sdlab.recover.distil import _beyond, _proved, _streamed, _summed, distil, token_divergence
-from sdlab.recover.on_policy import _answered, on_policy
-from sdlab.recover.tune import training_log, tune
+from sdlab.compress.prune import prune
+from sdlab.heal.distil import _beyond, _proved, _streamed, summed_divergence, distil, token_divergence
+from sdlab.heal.on_policy import _answered, on_policy
+from sdlab.heal.tune import training_log, tune
 
 quiet = dict(progress=False)
 BETAS = dict(forward=0., reverse=1., mixed=.5)
@@ -73,11 +73,11 @@ def test_left_padding_changes_nothing(teacher, student):
     for lm in (student, small('GPT-2')):
         whole = 0.
         with torch.no_grad():
-            for o in ids: whole += _summed(lm.model, teacher.model, dict(input_ids=torch.tensor([o])), torch.tensor([[False]*(len(o)-3)+[True]*2]), 0., 1., 99)
+            for o in ids: whole += summed_divergence(lm.model, teacher.model, dict(input_ids=torch.tensor([o])), torch.tensor([[False]*(len(o)-3)+[True]*2]), 0., 1., 99)
             mask = torch.tensor([[1]*6, [0]*3+[1]*3])
             both = dict(input_ids=torch.tensor([ids[0], [0]*3+ids[1]]), attention_mask=mask, position_ids=(mask.cumsum(-1)-1).clamp(min=0))
             at = torch.tensor([[False]*3+[True]*2]*2)
-            assert _summed(lm.model, teacher.model, both, at, 0., 1., 3).item() == pytest.approx(whole.item(), rel=1e-4)
+            assert summed_divergence(lm.model, teacher.model, both, at, 0., 1., 3).item() == pytest.approx(whole.item(), rel=1e-4)
 
 # ---- the runs
 

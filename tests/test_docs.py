@@ -91,18 +91,18 @@ def test_a_link_is_no_request(tmp_path, text):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     at = tmp_path_factory.mktemp('docs')
-    return B.build(ROOT, at/'site', ('index', 'core/01_plan', 'measure/12_cka', 'api/core.plan', 'families', 'benchmarks'), at/'work')
+    return B.build(ROOT, at/'site', ('index', 'core/05_plan', 'measure/05_cka', 'api/core.plan', 'families', 'benchmarks'), at/'work')
 
 def read(site, page): return (site/page).read_text(encoding='utf-8')
 
 def test_pages_are_there_and_ask_nobody(site):
     assert B.outside(site)==[]
-    for p in ('index.html', 'core/01_plan.html', 'measure/12_cka.html', 'api/core.plan.html', 'families.html', 'benchmarks.html', 'search/search_index.json', 'sdlab.css'): assert (site/p).stat().st_size
+    for p in ('index.html', 'core/05_plan.html', 'measure/05_cka.html', 'api/core.plan.html', 'families.html', 'benchmarks.html', 'search/search_index.json', 'sdlab.css'): assert (site/p).stat().st_size
     pages = [p.read_text(encoding='utf-8') for p in site.rglob('*.html')]
     assert not any('KEPT' in t or 'mathjax' in t.lower() or 'widget-view' in t or 'fonts.g' in t for t in pages)
 
 def test_equations_figures_and_code_of_a_notebook(site):
-    text = read(site, 'measure/12_cka.html')
+    text = read(site, 'measure/05_cka.html')
     assert '<math display="block">' in text and '<math display="inline">' in text and '$$' not in re.sub(r'<code.*?</code>|<annotation.*?</annotation>', '', text, flags=re.S)
     figures = re.findall(r'<img[^>]*src="\.\./(figures/[^"]+)"', text)
     assert figures and all((site/f).read_bytes()[:4]==b'\x89PNG' for f in figures)
@@ -129,12 +129,12 @@ def test_the_state_of_an_instrument_is_told():
 def test_tables_and_links(site):
     assert all(k in read(site, 'families.html') for k in ('Llama', 'Mixtral', 'GPT-2')) and 'torch_cka' in read(site, 'benchmarks.html')
     home = read(site, 'index.html')
-    assert 'href="core/01_plan.html"' in home and 'src="images/recovery.png"' in home and (site/'images'/'recovery.png').exists()
+    assert 'href="core/05_plan.html"' in home and 'src="images/recovery.png"' in home and (site/'images'/'recovery.png').exists()
 
 def test_an_unknown_page_and_an_unknown_equation_end_it(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='There is no page core/00_none'): B.build(ROOT, tmp_path/'s', ('core/00_none',), tmp_path/'w')
     monkeypatch.setitem(M.SIGNS, 'top', None), monkeypatch.delitem(M.SIGNS, 'top')
-    with pytest.raises(SystemExit, match=r'measure/12_cka.md: \\top is not known'): B.build(ROOT, tmp_path/'s', ('measure/12_cka',), tmp_path/'w')
+    with pytest.raises(SystemExit, match=r'measure/05_cka.md: \\top is not known'): B.build(ROOT, tmp_path/'s', ('measure/05_cka',), tmp_path/'w')
 
 @pytest.mark.xdist_group('browser')
 def test_in_a_real_browser(site):
@@ -153,7 +153,7 @@ def test_in_a_real_browser(site):
             with chrome.page() as s:
                 at = f'http://127.0.0.1:{server.server_port}'
                 for p in sorted(site.rglob('*.html')): s.page.goto(f'{at}/{p.relative_to(site)}')
-                s.page.goto(f'{at}/measure/12_cka.html')
+                s.page.goto(f'{at}/measure/05_cka.html')
                 assert all(b['width']>3 and b['height']>3 for b in (m.bounding_box() for m in s.page.locator('math[display=block]').all()))
                 assert s.page.evaluate("[...document.querySelectorAll('.output img')].length")>0
                 ask = s.page.locator('[data-md-component=search-query]')

@@ -4,9 +4,11 @@ import pandas as pd, pytest, torch
 import families
 from families import tiny, tokenizer
 from sdlab.core.data import context
-from sdlab.core.model import LM, generate, load
+from sdlab.core.model import LM, load
+from sdlab.core.generate import generate
 from sdlab.core.plan import Plan
-from sdlab.compress.depth import prune, without
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
 from sdlab.judge import draft as page
 from sdlab.judge.draft import Drafted, draft, self_draft
 

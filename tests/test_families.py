@@ -2,14 +2,17 @@
 import copy, hashlib, json, subprocess, sys
 import pytest, torch
 from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, plain, tiny, tokenizer
-from sdlab.compress.depth import prune, without
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
 from sdlab.core.data import batches, decode
-from sdlab.core.model import LM, generate, load, silent_modules
-from sdlab.core.parts import find_writers, silenced
+from sdlab.core.model import LM, load, silent_modules
+from sdlab.core.generate import generate
+from sdlab.core.units import find_writers, silenced
 from sdlab.core.plan import Plan
 from sdlab.measure.cost import cost
 from sdlab.measure.importance import angular_distance, distances, importance, importance_steps, influence, relative_update
-from sdlab.measure.stream import _call, watching
+from sdlab.measure.scan import forward_pass
+from sdlab.core.hooks import watching
 
 CUTS = {'middle': (2, 3), 'first': (0,), 'scattered': (1, 4)}
 PROMPTS = ['Ann has 12 pens', 'the', 'One day a small dog']   # of different lengths, two of them longer than the window
@@ -186,7 +189,7 @@ def test_every_half_of_every_block(name):
 def output(lm, b, i, **kw):
     "What block `i` gives with its half silenced by hooks, in float64"
     out = []
-    with deaf(lm, **kw), watching(lm.blocks, lambda l, h: out.append(h)): _call(lm.model, b, lm.device)
+    with deaf(lm, **kw), watching(lm.blocks, lambda l, h: out.append(h)): forward_pass(lm.model, b, lm.device)
     return out[i+1].double()
 
 

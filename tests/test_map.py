@@ -129,7 +129,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence():
 
 # the camera
 def test_a_camera_gives_what_cka_gives(teacher):
-    from sdlab.compress.depth import without
+    from sdlab.core.units import without
     from sdlab.core.plan import Plan
     from sdlab.core.pocket import pocket_calibration
     from sdlab.measure.cka import cka

@@ -10,7 +10,8 @@ from sdlab.core.plan import Plan
 from sdlab.measure.cka import cka, centred_gram, hsic, kernels, linear_cka
 from sdlab.measure.cost import by_depth, cost
 from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, importance, importance_steps, layer_products, pair_angles, pair_updates, random_spans
-from sdlab.measure.stream import Divergence, Likelihood, Meter, Seen, Tally, scan, watching
+from sdlab.measure.scan import Divergence, Likelihood, Meter, Seen, Tally, scan
+from sdlab.core.hooks import watching
 from sdlab.measure.text import likelihood, likelihood_steps
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?', 'a b', 'zebra']
@@ -275,7 +276,7 @@ def test_a_rotated_model_is_the_same_model(lm, tok):
 
 
 def test_before_the_cut_an_unhealed_student_is_its_teacher(lm):
-    from sdlab.compress.depth import prune
+    from sdlab.compress.prune import prune
     student = prune(lm, Plan(L, (2, 3)))
     m = cka(student, lm, [f'{t} {i}' for i, t in enumerate(TEXTS*4)], group=16)
     assert m.student_layers==(0, 1, 4, 5, 6) and m.dropped==(2, 3)
@@ -304,7 +305,7 @@ def test_cka_across_devices(lm, tok):
 def test_cost_without_weights_is_the_cost_with_them(name, tok):
     c, lm = cost(config(name)), LM(tiny(name), tok)
     assert c.params==lm.n_params and c.macs==cost(lm).macs and c.n==L
-    from sdlab.compress.depth import prune
+    from sdlab.compress.prune import prune
     if name=='Llama': assert cost(lm, Plan(L, (1, 4))).params==prune(lm, Plan(L, (1, 4))).n_params
 
 
@@ -339,7 +340,7 @@ def test_on_a_real_model(data):
 
 def test_the_clock_refuses_before_it_runs():
     "Texts beyond the context, no rounds; and an iterator of sizes gives all of them"
-    from sdlab.compress.depth import without
+    from sdlab.core.units import without
     from sdlab.measure.cost import pace, seconds_per_token
     gpt = LM(tiny('GPT-2'), tokenizer(), 'gpt')
     n = gpt.config.n_positions

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from families import HEAD, L, MLP_ONLY, tiny, tokenizer
 from test_shards import big, give_back, peaks, tensors, watched
 from sdlab.compress import merge as page
-from sdlab.compress.depth import prune
+from sdlab.compress.prune import prune
 from sdlab.compress.merge import cosines, merge, slerp
 from sdlab.compress.shards import prune_checkpoint
 from sdlab.core import disk

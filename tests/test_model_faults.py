@@ -1,9 +1,11 @@
-"""What bad input gets from core.model and compress.depth: one sentence, before the expensive part, and nothing half done"""
+"""What bad input gets from core.model and compress.prune: one sentence, before the expensive part, and nothing half done"""
 import copy, json, resource, shutil
 import pandas as pd, pytest, torch
 from families import L, config, loud, tiny, tokenizer
-from sdlab.compress.depth import prune, without
-from sdlab.core.model import LM, generate, load
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
+from sdlab.core.model import LM, load
+from sdlab.core.generate import generate
 from sdlab.core.plan import Plan
 
 

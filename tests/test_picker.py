@@ -2,8 +2,9 @@
 import gc, threading, time
 import pytest, torch, traitlets
 from families import L, tiny, tokenizer
-from sdlab.compress.depth import prune, without
-from sdlab.compress.quality import Trial, quality, quality_steps
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
+from sdlab.measure.exact import Trial, quality, quality_steps
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan

@@ -8,7 +8,7 @@ from sdlab.core.answers import agree, wilson
 from sdlab.core.model import load
 from sdlab.core.pocket import REWRITE, pocket_assets, pocket_rows, rewrite_rows
 from sdlab.judge.score import score
-from sdlab.lab.pocket import exam, passed
+from sdlab.maintain.pocket import exam, passed
 
 HERE = Path(str(pocket_assets()))
 
@@ -49,8 +49,8 @@ def test_the_teacher_passes(): assert passed(pd.read_csv(HERE/'certificate.csv')
 def test_the_annotators_are_fair():
     "Measured with the demo's rows, epochs and steps"
     import inspect
-    from sdlab.lab.pocket import fairness
-    from sdlab.lab.study import demo
+    from sdlab.maintain.pocket import fairness
+    from sdlab.experiment.study import demo
     fair,a,b = pd.read_csv(HERE/'fairness.csv'),*(inspect.signature(f).parameters for f in (fairness, demo))
     assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and not fair.duplicated(['task', 'voice']).any()
     assert set(fair.voice)==set(a['voices'].default)>={b['voice'].default} and len(fair)==12
@@ -58,7 +58,7 @@ def test_the_annotators_are_fair():
 
 def test_ranks_train_and_one_process_examines(tmp_path, monkeypatch):
     "A finished teacher is not trained again; under torchrun nobody examines it, since the others would be waited for"
-    import sdlab.lab.pocket as P
+    import sdlab.maintain.pocket as P
     (tmp_path/'teacher').mkdir()
     (tmp_path/'teacher'/'how.txt').write_text('made before')
     seen = []

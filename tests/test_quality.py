@@ -1,12 +1,13 @@
 """Exact quality by replay is the quality of the model that is really cut: every span, every family; and it leaves nothing behind"""
 import pytest, torch
 from families import FAMILIES, L, tiny, tokenizer
-from sdlab.compress.depth import without
-from sdlab.compress.quality import Replay, Trial, quality, quality_steps, _replay, _tail
+from sdlab.core.units import without
+from sdlab.measure.exact import Replay, Trial, quality, quality_steps, _replay, _tail
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.measure.stream import Divergence, Likelihood, scan, watching, _call
+from sdlab.measure.scan import Divergence, Likelihood, scan, forward_pass
+from sdlab.core.hooks import watching
 
 TEXTS = ['Ann has 12 pens.', 'Why?', 'One morning a very small dog', 'x = 1']
 
@@ -25,11 +26,11 @@ def test_a_replay_is_the_cut_model(name):
     lm = LM(tiny(name), tokenizer(), name)
     b, hs = batches(lm, TEXTS, size=4)[0], []
     real = b['attention_mask'].bool()
-    with watching(lm.blocks, lambda l, h: hs.append(h)): whole = _call(lm.model, b, lm.device).logits
+    with watching(lm.blocks, lambda l, h: hs.append(h)): whole = forward_pass(lm.model, b, lm.device).logits
     spans = [(l, e) for e in range(1, L+1) for l in range(e) if e-l<L]
     for l, e in spans:
         plan = Plan(L, range(l, e))
-        want, got = _call(without(lm, plan).model, b, lm.device).logits, _replay(_tail(lm, plan), lm.path, hs[l], b, e==L)
+        want, got = forward_pass(without(lm, plan).model, b, lm.device).logits, _replay(_tail(lm, plan), lm.path, hs[l], b, e==L)
         assert torch.allclose(got[real], want[real], atol=1e-5, rtol=1e-5), (l, e)
         assert not torch.allclose(got[real], whole[real], atol=1e-2), (l, e)    # the test could have failed
 
@@ -80,7 +81,7 @@ def test_a_cut_model_that_overflows(lm, monkeypatch):
     def broken(tail, path, h, b, empty):
         out = _replay(tail, path, h, b, empty)
         return out.masked_fill(b['row'][:, None, None]==2, float('nan')) if empty else out
-    monkeypatch.setattr('sdlab.compress.quality._replay', broken)
+    monkeypatch.setattr('sdlab.measure.exact._replay', broken)
     with pytest.raises(ValueError, match='Without blocks 4–5 the model gives NaN or infinite logits for text 2'): quality(lm, batches(lm, TEXTS, size=4), sizes=(2,))
     with pytest.raises(ValueError, match='Without block 5 the model'): Trial(lm, batches(lm, TEXTS, size=2))(Plan(L, (5,)))
 
@@ -165,7 +166,7 @@ def test_an_overflow_names_its_text(lm, monkeypatch):
     def broken(tail, path, h, b, empty):
         out = _replay(tail, path, h, b, empty)
         return out.masked_fill(b['row'][:, None, None]==5, float('nan'))
-    monkeypatch.setattr('sdlab.compress.quality._replay', broken)
+    monkeypatch.setattr('sdlab.measure.exact._replay', broken)
     bs = cut_off(lm, 3)[1]
     for measure in (lambda: quality(lm, bs, sizes=(1,)), lambda: list(quality_steps(lm, bs, sizes=(1,))), lambda: Trial(lm, bs)(Plan(L, (1,)))):
         with pytest.raises(ValueError, match='logits for text 5'): measure()
@@ -181,7 +182,7 @@ def test_a_trial_keeps_streams_and_no_logits(lm):
         held = [t for v in vars(whole).values() for t in (v if isinstance(v, list) else v.values() if isinstance(v, dict) else [v]) if torch.is_tensor(t)]
         B, T = b['input_ids'].shape
         assert sum(t.numel() for t in held if t.is_floating_point())==(L+1)*B*T*lm.d and not any(t.shape[-1]==lm.vocab for t in held)
-        assert torch.equal(trial._reference(whole), whole.rows(_call(lm.model, b, lm.device).logits))
+        assert torch.equal(trial._reference(whole), whole.rows(forward_pass(lm.model, b, lm.device).logits))
 
 
 def test_a_trial_refuses(lm):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 from sdlab.core.data import fingerprint
-from sdlab.distill.rewrite import rewrite, summary
+from sdlab.heal.rewrite import rewrite, summary
 from sdlab.lab.reader import MARKS, Reader
 from sdlab.measure.text import aligned, differences, likelihood, likelihood_steps, rouge_l
 from toys import CHATML, HEADERS, INST, toy

@@ -1,12 +1,12 @@
-"distill.rewrite where things go wrong: torn and foreign ledgers, full disks, kill -9, many ranks; and the real sets"
+"heal.rewrite where things go wrong: torn and foreign ledgers, full disks, kill -9, many ranks; and the real sets"
 import json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import rewriter
 from forks import Fork
-import sdlab.distill.rewrite as R
+import sdlab.heal.rewrite as R
 from sdlab.core.data import Text, fingerprint, rows
-from sdlab.distill.rewrite import TEMPLATES, Template, ledger, rewrite, summary, verdict
+from sdlab.heal.rewrite import TEMPLATES, Template, ledger, rewrite, summary, verdict
 from rewriter import Teacher, answers, noted, numbered, right
 from toys import CHATML
 

@@ -1,11 +1,11 @@
-"lab.road: what is stale, the whole road without a browser, a cancel in the middle of each step, and the page that `sdlab lab` serves"
+"lab.workflow: what is stale, the whole road without a browser, a cancel in the middle of each step, and the page that `sdlab lab` serves"
 import importlib.util, itertools, json, re, signal, socket, subprocess, sys, threading, time, urllib.request
 from http.cookiejar import CookieJar
 from pathlib import Path
 import pytest
-import sdlab.lab.road as R
+import sdlab.lab.workflow as R
 from sdlab.core.plan import Plan
-from sdlab.lab.road import Route, ground, lab, lab_command, road
+from sdlab.lab.workflow import Route, ground, lab, lab_command, road
 
 TINY = dict(n=8, judged=4, texts=16)
 PLAN = Plan.span(12, 3, 2)
@@ -225,7 +225,7 @@ def get(address):
 @pytest.mark.parametrize('end', ['SIGINT', 'SIGTERM'])
 def test_sdlab_lab_serves_the_page(port, tmp_path, end):
     "Started as a command, looked at, ended: the page asks for nothing outside, and nobody gets in without the token"
-    code = f'from sdlab.lab.road import lab; lab(port={port}, no_browser=True, out={str(tmp_path)!r})'
+    code = f'from sdlab.lab.workflow import lab; lab(port={port}, no_browser=True, out={str(tmp_path)!r})'
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))   # heard also where the tests run in the background
     try:

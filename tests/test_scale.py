@@ -6,19 +6,20 @@ from importlib.util import find_spec
 from pathlib import Path
 import pytest, torch
 import families
-from sdlab.compress.depth import prune, without
-from sdlab.compress.quality import Trial, quality
+from sdlab.compress.prune import prune
+from sdlab.core.units import without
+from sdlab.measure.exact import Trial, quality
 from sdlab.core.answers import Task
 from sdlab.core.data import batches, rows
 from sdlab.core.model import LM, load
-from sdlab.core.parts import find_writers
+from sdlab.core.units import find_writers
 from sdlab.core.plan import Plan
-from sdlab.distill.rewrite import rewrite
+from sdlab.heal.rewrite import rewrite
 from sdlab.judge.score import score
 from sdlab.measure.scale import dry_run
 from sdlab.measure.cka import cka
 from sdlab.measure.importance import distances, influence
-from sdlab.recover.tune import training_log, tune
+from sdlab.heal.tune import training_log, tune
 
 PLAN, TEXTS = Plan(6, (2, 3)), ['Ann has 12 pens', 'the quick', 'One day a small dog', 'far away']
 ROWS = [dict(prompt=f'What is {i}?', completion=f'It is {i}.') for i in range(8)]
@@ -125,7 +126,7 @@ def test_what_four_bits_hold(folder, plain):
 
 def test_adapters_only_read_the_student(plain):
     "No copy of the weights while adapters are trained; whatever is trained beside them, and what is merged, is a copy"
-    from sdlab.recover.tune import _parted, _working
+    from sdlab.heal.tune import _parted, _working
     own = {p.data_ptr() for p in plain.model.parameters()}
     work = _working(plain, 8)
     assert {p.data_ptr() for p in work.parameters()}==own and not {id(p) for p in work.parameters()} & {id(p) for p in plain.model.parameters()}

@@ -7,7 +7,7 @@ from sdlab.core.answers import extract
 from sdlab.core.data import completion_ids, decode, fingerprint, prompt_ids, rows
 from sdlab.core.model import LM
 from sdlab.core.pocket import pocket_rows
-from sdlab.distill.rewrite import SDFT, TEMPLATES, _lies_in, _weights, framed, ledger, rewrite, same_call, shows_code, surprise, verdict
+from sdlab.heal.rewrite import SDFT, TEMPLATES, _lies_in, _weights, framed, ledger, rewrite, same_call, shows_code, surprise, verdict
 from toys import toy
 
 SETS = {'gsm8k/train.jsonl':(7473, 'final'), 'gsm8k/test.jsonl':(1319, 'integer'), 'dolly/dolly_train.json':(2000, 'auto'), 'llm-adapters/ARC-Challenge/test.json':(1172, 'choice'), 'llm-adapters/ARC-Easy/train.json':(2251, 'choice')}
@@ -220,7 +220,7 @@ def test_an_engine_of_ones_own(vllm, teacher):
 
 def test_weights_that_lie_nowhere_are_saved(vllm, teacher, tmp_path):
     "A cut or edited teacher still names the folder it came from: what is there is not what it is"
-    from sdlab.compress.depth import prune
+    from sdlab.compress.prune import prune
     from sdlab.core.plan import Plan
     cut = prune(teacher, Plan(teacher.n, (5,)))
     with pytest.warns(UserWarning, match='a copy is saved for vLLM'): rewrite(cut, pocket_rows('facts', 1), engine='vllm', max_new_tokens=4, progress=False)

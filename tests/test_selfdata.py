@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, pytest
 import forks, walker
-import sdlab.lab.study as S
-from sdlab.distill.rewrite import rewrite
-from sdlab.lab.comparison import QUESTIONS, Cell, Comparison, _rows, own_world, train_all
-from sdlab.lab.selfdata import self_data_distillation, student_tables
-from sdlab.lab.study import claim
-from sdlab.lab.cli import main
+import sdlab.experiment.study as S
+from sdlab.heal.rewrite import rewrite
+from sdlab.experiment.comparison import QUESTIONS, Cell, Comparison, rows_of_run, own_world, train_all
+from sdlab.experiment.selfdata import self_data_distillation, student_tables
+from sdlab.experiment.study import claim
+from sdlab.experiment.cli import main
 
 HOW = dict(data=walker.asked(), rule='final', n=6, seeds=1, steps=1, batch_size=8, rates=(1e-3,), max_new_tokens=8, drafts=(2,))
 def compared(out, teacher=None, **kwargs): return self_data_distillation(out, teacher or walker.teacher(), **{**HOW, 'ask':('headline',), **kwargs})
@@ -79,7 +79,7 @@ def test_a_world_of_ones_own(tmp_path):
     for world,name in ((one,'final'), (two,'exact')):
         found = Comparison(claim(tmp_path/name, dict(max_new_tokens=8), kind='comparison'), {}, lambda *_: None)
         cell = Cell((2,), words='self-data', source='in domain', size=world.sizes[-1])
-        got = _rows(found, walker.teacher(), world, cell).to_pandas()
+        got = rows_of_run(found, walker.teacher(), world, cell).to_pandas()
         want = rewrite(walker.teacher(), world.rows('in domain', cell.size, 0, 0), rule=name, max_new_tokens=8, progress=False).to_pandas()
         assert got[['prompt','completion','reason']].equals(want[['prompt','completion','reason']])
 

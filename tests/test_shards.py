@@ -6,7 +6,7 @@ import forks
 from safetensors.torch import load_file, save_file
 from families import FAMILIES, HEAD, L, MLP_ONLY, tiny, tokenizer
 from sdlab.compress import shards
-from sdlab.compress.depth import prune
+from sdlab.compress.prune import prune
 from sdlab.compress.shards import passthrough, prune_checkpoint
 from sdlab.core import disk
 from sdlab.core.disk import hollow

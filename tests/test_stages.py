@@ -6,11 +6,11 @@ from sdlab.core.data import batches, rows
 from sdlab.core.model import load
 from sdlab.core.plan import Plan
 from sdlab.core.pocket import pocket_calibration, pocket_rows, pocket_tasks
-from sdlab.compress.depth import prune
-from sdlab.distill.rewrite import rewrite
+from sdlab.compress.prune import prune
+from sdlab.heal.rewrite import rewrite
 from sdlab.judge.recovery import Recovery
 from sdlab.judge.score import score_all
-from sdlab.lab.cli import main
+from sdlab.experiment.cli import main
 from sdlab.measure.cka import cka
 from sdlab.measure.importance import distances
 
@@ -160,7 +160,7 @@ def test_fresh_throws_away_one_stage_only(inside, capsys):
 
 def test_an_interrupted_rewriting_goes_on(tmp_path, monkeypatch, capsys, road):
     "Ctrl-C after the first answers: 130, what is done is kept, and the end is as if nothing had happened"
-    import sdlab.distill.rewrite as R
+    import sdlab.heal.rewrite as R
     monkeypatch.chdir(tmp_path)
     real, calls = R._append, []
     def deadly(f, recs):
@@ -198,6 +198,6 @@ def test_in_a_real_shell(road):
     assert said.returncode==2 and 'none.json' in said.stderr and 'Traceback' not in said.stderr
 
 def test_help_comes_from_the_functions_and_imports_nothing_heavy():
-    code = "import sys\nfrom sdlab.lab.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys\nfrom sdlab.experiment.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sorted({m.split('.')[0] for m in sys.modules}))"
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.returncode==0 and not {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & set(p.stdout.splitlines()[-1].split()), p.stderr

@@ -1,11 +1,11 @@
-"lab.study where it is stopped: killed in each stage, interrupted, given the wrong folder; and real models with real texts"
+"experiment.study where it is stopped: killed in each stage, interrupted, given the wrong folder; and real models with real texts"
 import json, signal
 from pathlib import Path
 import pandas as pd, pytest, torch
 import walker
-import sdlab.lab.study as S
+import sdlab.experiment.study as S
 from forks import Fork
-from sdlab.lab.cli import main
+from sdlab.experiment.cli import main
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory): return walker.walk(tmp_path_factory.mktemp('whole')/'s')

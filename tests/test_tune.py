@@ -6,7 +6,7 @@ import families
 from forks import Fork
 from sdlab.core.data import encode, rows
 from sdlab.core.model import LM, load
-from sdlab.recover.tune import labelled, learning_curve, training_log, tune
+from sdlab.heal.tune import labelled, learning_curve, training_log, tune
 
 quiet = dict(progress=False)
 
@@ -99,7 +99,7 @@ def test_one_step_is_the_step_of_a_bare_loop(lm, data):
 
 def test_masks_are_left_out_only_where_they_do_nothing(data):
     "A causal model is trained without masks, to the same weights; one whose tokens look to their right keeps them"
-    import sdlab.recover.tune as T
+    import sdlab.heal.tune as T
     def masks(lm, **how):
         got = []
         hook = lm.model.register_forward_pre_hook(lambda m, a, k: got.append('attention_mask' in k), with_kwargs=True)
@@ -181,7 +181,7 @@ def test_what_is_silent_stays_silent(lm, data, lora):
     "Half a block was cut: neither training nor an adapter wakes it, in the child or in one of its own"
     from sdlab.core.model import silent_modules
     from sdlab.core.plan import Plan
-    from sdlab.compress.depth import prune
+    from sdlab.compress.prune import prune
     cut = prune(lm, Plan(lm.n, (1,), attn=(2,), mlp=(4,)))
     quiet_ones = silent_modules(cut)
     new = tune(cut, data, epochs=1, lr=1e-2, batch_size=8, lora=lora, **quiet)
@@ -339,7 +339,7 @@ def test_off_the_main_thread(lm, data, healed):
 
 def test_the_order_of_the_rows_is_its_own(lm, data, healed, monkeypatch):
     "Whoever sets the seed of the process before the first batch changes nothing"
-    T = sys.modules['sdlab.recover.tune']
+    T = sys.modules['sdlab.heal.tune']
     run = T._run
     def shaken(trainer): torch.manual_seed(99); random.seed(99); return run(trainer)
     monkeypatch.setattr(T, '_run', shaken)
@@ -407,7 +407,8 @@ def test_provenance(lm, data, healed, tmp_path):
 
 def test_after_a_cut(lm, data):
     from sdlab.core.plan import Plan
-    from sdlab.compress.depth import prune, without
+    from sdlab.compress.prune import prune
+    from sdlab.core.units import without
     cut = prune(lm, Plan(lm.n, (2, 3)))
     new = tune(cut, data, epochs=1, **quiet)
     assert new.kept == cut.kept and new.teacher_n == lm.n and [s['op'] for s in new.provenance['steps']] == ['prune', 'tune']
@@ -438,7 +439,7 @@ def test_long_rows_are_counted(lm):
 
 def test_nan_stops_before_the_weights(lm, data, tmp_path):
     "The gradient of step 3 is spoilt: the checkpoint of step 2 is there and whole, and the sentence names both"
-    import sdlab.recover.tune as T
+    import sdlab.heal.tune as T
     real, n = T._Quiet.compute_loss, []
     def spoil(self, *args, **kwargs):
         n.append(1)

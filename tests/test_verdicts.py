@@ -5,7 +5,7 @@ import families
 from sdlab.core.answers import Task
 from sdlab.core.data import encode
 from sdlab.core.model import LM
-from sdlab.judge.health import health, looping, repeated
+from sdlab.judge.degeneration import health, looping, repeated
 from sdlab.judge.recovery import Recovery
 from sdlab.judge.score import score, score_all
 from sdlab.judge.shift import shift

@@ -7,7 +7,7 @@ from forks import Fork
 from sdlab.core.answers import Task
 from sdlab.core.data import rows
 from sdlab.core.model import LM, load
-from sdlab.recover.tune import training_log, tune
+from sdlab.heal.tune import training_log, tune
 from sdlab.lab.watch import Watch, _locked, _Record, run_frames
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?']

@@ -3,7 +3,7 @@ import os, random, signal, sys
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import families
-import sdlab.lab.study as S
+import sdlab.experiment.study as S
 from sdlab.core.model import LM
 
 STAGES = ['0 tasks', '1 spans', '2 pruned', '3 data', '4 SFT', '4 self-data', '5 verdicts/teacher', '5 verdicts/SFT', '6 maps/pruned', '6 maps/self-data']

@@ -46,15 +46,15 @@ class Peak:
 
 def rows(toy=False):
     import random, time, torch
-    from sdlab.compress.depth import prune
+    from sdlab.compress.prune import prune
     from sdlab.core.data import batches
     from sdlab.core.model import load
     from sdlab.core.plan import Plan
-    from sdlab.distill.rewrite import rewrite
+    from sdlab.heal.rewrite import rewrite
     from sdlab.measure.scale import dry_run
     from sdlab.measure.importance import distances
-    from sdlab.measure.stream import _forward
-    from sdlab.recover.tune import training_log, tune
+    from sdlab.measure.scan import forward
+    from sdlab.heal.tune import training_log, tune
     if not toy and not torch.cuda.is_available(): raise SystemExit('bench_gpu measures a GPU, and there is none here; --toy runs its code on the CPU.')
     device, dtype, shape = ('cpu', torch.float32, TOY) if toy else ('cuda', torch.bfloat16, FULL)
     T, B, n = (16, 4, 8) if toy else (256, 4, 64)
@@ -68,7 +68,7 @@ def rows(toy=False):
         other = beside.model.get_memory_footprint() if beside else 0
         return row(f'peak memory, {what}', peak.bytes/2**30, (said[stage].peak+other)/2**30, unit='GiB', limit='' if toy else '<= 1.10', how=f'dry_run{", and the model beside it" if beside else ""}') if peak.bytes else None
     bs = batches(lm, [dict(text=say(2*T)) for _ in range(n)], size=B)
-    with torch.no_grad(), Peak(device) as peak: p = paired(lambda: distances(lm, bs), lambda: [_forward(lm, b) for b in bs], n=3, sync=sync)
+    with torch.no_grad(), Peak(device) as peak: p = paired(lambda: distances(lm, bs), lambda: [forward(lm, b) for b in bs], n=3, sync=sync)
     out += [row('all spans', p.ours, p.against, limit='' if toy else '<= 1.10', ratio=p.ratio, how=f'a bare pass over the same {n} texts of {2*T} tokens'), memory('all spans', 'measure', peak)]
     with Peak(device) as peak, tempfile.TemporaryDirectory() as tmp:
         cut = prune(lm, drop)

@@ -7,7 +7,7 @@ import torch
 from common import paired, peak_memory, random_llama, row
 from sdlab.core.model import LM
 from sdlab.measure.importance import Pairs, angular_distance, distances, importance, pair_angles, pair_updates
-from sdlab.measure.stream import scan
+from sdlab.measure.scan import scan
 
 B, T = 8, 128
 

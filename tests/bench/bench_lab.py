@@ -21,12 +21,12 @@ def step(p, cut): # Seconds until the numbers that need no model, seconds until 
     return now, time.perf_counter()-t
 
 def python_rows():
-    from sdlab.compress.depth import without
+    from sdlab.core.units import without
     from sdlab.core.model import load
     from sdlab.core.plan import Plan
     from sdlab.lab.picker import Picker
     from sdlab.lab.widgets import picture
-    from sdlab.measure.stream import Divergence, Likelihood, scan
+    from sdlab.measure.scan import Divergence, Likelihood, scan
     teacher = load()
     with Picker(teacher, prompt='') as p:
         p.widget, p.wait(300)

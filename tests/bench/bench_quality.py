@@ -2,11 +2,11 @@
 import torch
 from bench_importance import B, T, texts, tokenizer
 from common import paired, random_llama, row
-from sdlab.compress.depth import without
-from sdlab.compress.quality import quality
+from sdlab.core.units import without
+from sdlab.measure.exact import quality
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.measure.stream import Divergence, Likelihood, scan
+from sdlab.measure.scan import Divergence, Likelihood, scan
 
 def usual(lm, batches):
     "Every span: a view without it, read from the first token on"

@@ -38,7 +38,7 @@ def _read(lm, asks, out, size):
 
 def _compare(lm, some, what, single, size, new, turns):
     from sdlab.core.data import completion_ids
-    from sdlab.distill.rewrite import _template, rewrite
+    from sdlab.heal.rewrite import _template, rewrite
     tpl = _template(None, lm, False)
     asks = [tpl.ask(r['prompt'], r['completion']) for r in some]
     count = lambda texts: sum(len(completion_ids(lm.tokenizer, t, end=False)) for t in texts)

@@ -61,7 +61,7 @@ def rows(pairs=5):
     import tempfile
     from pathlib import Path
     import torch
-    from sdlab.recover.tune import _calm, labelled
+    from sdlab.heal.tune import _calm, labelled
     lm = pocket_like()
     ds = labelled(lm, made_up())
     bs, out = batches(lm, ds), []

@@ -3,7 +3,7 @@
 The limit is on the view. Beside it, the usual way: a deep copy of the model, cut."""
 import torch
 from common import paired, peak_memory, random_llama, row
-from sdlab.compress.depth import without
+from sdlab.core.units import without
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 
