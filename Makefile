@@ -1,5 +1,6 @@
 # make demo    set up once, then run the main job on the embedded teacher: runs/demo/report.html
 # make test    set up once, then everything that must hold: in step and clean, notebooks, pytest, the wheel
+# make quick   in step and clean, then what changed and what imports it, until 150 s are spent; make pytest: pytest alone
 # make lab     set up once, then JupyterLab on the tutorials
 # make docs    the documentation site in _docs/: every notebook, the API, the tables; built offline
 # make bench   measure what must be fast; writes nbs/bench.csv and its page
@@ -12,7 +13,7 @@ TIMEOUT ?= 900
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM   := false
 
-.PHONY: demo lab docs test bench sync setup check notebooks pytest clean
+.PHONY: demo lab docs test quick bench sync setup check notebooks pytest clean
 demo: $(READY)
 	$(BIN)/sdlab demo
 
@@ -23,14 +24,19 @@ lab: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/build.py
 
-test: check notebooks pytest
-
 # one after the other even under -j: they share the machine
+test: $(READY)
+	$(MAKE) check
+	$(MAKE) notebooks
+	$(MAKE) pytest
+
+quick: $(READY)
+	$(BIN)/python tests/quick.py
 check: $(READY)
 	$(BIN)/python tests/sync.py --check
-notebooks: check
+notebooks: $(READY)
 	$(BIN)/python tests/run_notebooks.py --workers 2 --timeout $(TIMEOUT)
-pytest: notebooks
+pytest: $(READY)
 	$(BIN)/python -m pytest tests -n 2
 
 bench: $(READY)

@@ -21,6 +21,6 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'lab': cfg['lab_requirements'].split(), 'harness': cfg['harness_requirements'].split(),
                     'dev': ' '.join(cfg[f'{o}_requirements'] for o in ('lab', 'harness', 'dev')).split()},
-    packages=find_packages(include=['sdlab', 'sdlab.*']),
-    package_data={'': ['assets/**/*']}, include_package_data=True, zip_safe=False,
+    packages=find_packages(include=['sdlab', 'sdlab.*'], exclude=['sdlab.maintain', 'sdlab.maintain.*']),   # a maintainer's tools stay in the checkout
+    package_data={'': ['assets/**/*', 'py.typed']}, include_package_data=True, zip_safe=False,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

@@ -14,8 +14,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT/'tests')]
 from mathml import equations, mathml
 from sync import notebooks
 
-WINGS = dict(core='what is a model, a decision, a batch, an answer, a picture?', measure='what does each block do, how alike are two models, what does one cost?', compress='what do we take away?',
-             distill='what should the student read?', recover='how is the loss healed?', judge='what was lost, what came back?', lab='where the hands are')
+WINGS = dict(core='what is a model, a decision, a row, an answer, a folder?', measure='what does each unit do, how alike are two models, what does one cost?',
+             compress='what do we take away?', heal='how is it brought back?', judge='what was lost, what came back?', experiment='what is compared with what?', lab='where the hands are')
 OTHER = {'CHANGELOG.md': 'changelog.md', 'CONTRIBUTING.md': 'contributing.md'}
 
 # -- the pieces of a page that no Markdown may touch: they are put in when the page is made
@@ -171,7 +171,8 @@ def modules(root): # {module: page of its lesson, from the site's root}
     for p in notebooks(root):
         m = re.search(r'^#\|\s*default_exp\s+([\w.]+)', '\n'.join(joined(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code'), re.M)
         if m and m[1]!='all': out[m[1]] = p.relative_to(root/'nbs').with_suffix('.md').as_posix()
-    return dict(sorted(out.items(), key=lambda o: Path(o[1]).name))
+    wings = [*WINGS, 'maintain']
+    return dict(sorted(out.items(), key=lambda o: (wings.index(o[0].split('.')[0]), o[1])))
 
 # -- the site
 
@@ -199,17 +200,17 @@ def contents(pages): # mkdocs' nav
     of = lambda d: [{named(p): p} for p in pages if p.startswith(d+'/')]
     first = [{'Home': 'index.md'}] if 'index.md' in pages else []
     tables = [{k: p} for k,p in {'Families': 'families.md', 'Benchmarks': 'benchmarks.md', 'all names': '90_all.md', 'Changes': 'changelog.md', 'Working on it': 'contributing.md'}.items() if p in pages]
-    tabs = [{k: of(d)} for k,d in {'Tutorials': 'tutorials', 'Papers': 'papers', **{w.capitalize(): w for w in WINGS}, 'API': 'api'}.items() if of(d)]
+    tabs = [{k: of(d)} for k,d in {'Tutorials': 'tutorials', 'Papers': 'papers', **{w.capitalize(): w for w in WINGS}, 'Maintaining': 'maintain', 'API': 'api'}.items() if of(d)]
     return first+tabs+([{'Tables': tables}] if tables else [])
 
 def planned(root): # {page: function of (files, kept, links) -> Markdown}
     "Every page of the site, and how to make it"
-    todo, depth = {}, root/'nbs'/'compress'/'20_depth.ipynb'
+    todo, prune = {}, root/'nbs'/'compress'/'00_prune.ipynb'
     for p in notebooks(root):
         page = p.relative_to(root/'nbs').with_suffix('.md').as_posix()
         todo[page] = lambda *args, p=p, page=page: pages_of(cells_of(p), p, root, page, *args)
     for m,lesson in modules(root).items(): todo[f'api/{m}.md'] = lambda files, kept, links, m=m, lesson=lesson: api(m, lesson, kept)
-    if depth.exists(): todo['families.md'] = lambda *args: '# Families\n\n'+pages_of(section(depth, 'famil'), depth, root, 'families.md', *args)+'\nMade by running [depth](compress/00_prune.md).\n'
+    if prune.exists(): todo['families.md'] = lambda *args: '# Families\n\n'+pages_of(section(prune, 'famil'), prune, root, 'families.md', *args)+'\nMade by running [prune](compress/00_prune.md).\n'
     for f,page in OTHER.items():
         if (root/f).exists(): todo[page] = lambda files, kept, links, f=f, page=page: relinked((root/f).read_text(encoding='utf-8'), '', page, links)
     return todo

@@ -31,6 +31,18 @@ def pytest_collection_modifyitems(config, items):
             import torch
             if not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA device'))
 
+_took = {}
+def pytest_runtest_logreport(report):
+    if report.when in ('setup', 'call', 'teardown'): _took[report.nodeid] = _took.get(report.nodeid, 0)+report.duration
+
+def pytest_terminal_summary(terminalreporter, config):
+    "The slowest notebooks and tests, before pytest's own last line"
+    if hasattr(config, 'workerinput') or len(_took)<200: return
+    import timings
+    timings.write('tests', _took)
+    terminalreporter.section('the 20 slowest, kept in .timings/slowest.txt')
+    for line in timings.slowest(): terminalreporter.write_line(line)
+
 @pytest.fixture(scope='session')
 def root(): return HERE.parent
 

@@ -14,6 +14,7 @@ HERE = str(Path(__file__).resolve().parent)
 sys.path.insert(0, HERE)
 from forks import Fork, WARM, warm
 from sync import ROOT, notebooks
+import timings
 
 ENV = dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', OMP_NUM_THREADS='1')
 
@@ -36,6 +37,11 @@ def find(paths, root=ROOT): # Notebooks under `paths`, in the order of the book
         out += mine
     return sorted(set(out))
 
+def longest_first(nbs, root):
+    "By what each took the last time; without that, the tutorials first"
+    took, rank = timings.read('notebooks'), {p:i for i,p in enumerate(nbs)}
+    return sorted(nbs, key=lambda p: (-took.get(p.relative_to(root).as_posix(), 0), -rank[p]))
+
 def run(path, timeout=600, flags='', root=ROOT): # (path, seconds, what went wrong or '')
     "Execute one notebook in a process group of its own"
     for k,v in ENV.items(): os.environ.setdefault(k, v)
@@ -52,12 +58,14 @@ def main(argv=None, root=ROOT):
     a.add_argument('--timeout', type=float, default=600, help='seconds for one notebook')
     a.add_argument('--flags', default='', help='cells to run that are left out otherwise: slow, gpu')
     a = a.parse_args(argv)
-    nbs, failed = find(a.paths, root), []
+    nbs, failed, took = longest_first(find(a.paths, root), root), [], {}
     if len(nbs)>3: warm([*WARM, 'nbdev.test'])                           # for fewer it would not pay
     with ThreadPoolExecutor(a.workers) as pool:
-        for path,s,wrong in pool.map(lambda p: run(p, a.timeout, a.flags, root), nbs[::-1]): # the tutorials, which take longest, first
+        for path,s,wrong in pool.map(lambda p: run(p, a.timeout, a.flags, root), nbs):
             print(f"{'FAILED' if wrong else 'ok':6} {s:6.1f} s  {path.relative_to(root)}", flush=True)
+            took[path.relative_to(root).as_posix()] = s
             if wrong: failed.append(path); print(wrong, flush=True)
+    if root==ROOT: timings.write('notebooks', took)
     if failed: sys.exit(f'{len(failed)} of {len(nbs)} notebooks failed: '+', '.join(str(p.relative_to(root)) for p in failed))
     print(f'{len(nbs)} notebooks ran')
 

@@ -115,7 +115,7 @@ def test_the_api_says_what_the_comments_say(site):
     text = html.unescape(re.sub('</?code>', '`', read(site, 'api/core.plan.html')))
     for k,v in docments(Plan, full=True).items():
         if v.get('docment'): assert ' '.join(v['docment'].split()) in text, k
-    assert 'Plan.from_json' in text and '01_plan.html' in text
+    assert 'Plan.from_json' in text and '05_plan.html' in text
 
 def test_the_state_of_an_instrument_is_told():
     import traitlets

@@ -2,18 +2,10 @@
 import ast, importlib, inspect, json, re, subprocess, sys
 from pathlib import Path
 import pytest
+from house import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/'sdlab'
-
-def pages():
-    "module -> (number of its notebook, path of the notebook)"
-    out = {}
-    for nb in sorted((ROOT/'nbs').rglob('[0-9][0-9]_*.ipynb')):
-        if '.ipynb_checkpoints' in nb.parts: continue
-        m = re.search(r'#\|\s*default_exp\s+([\w.]+)', ''.join(s for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code' for s in c['source']))
-        if m: out[m[1]] = (int(nb.name[:2]), nb)
-    return out
 
 PAGES = pages()
 def source(module): return (PACKAGE/(module.replace('.', '/')+'.py')).read_text(encoding='utf-8')
@@ -51,32 +43,12 @@ def test_lazy_names():
     assert sdlab.load is load and sdlab.core.model.load is load
     with pytest.raises(AttributeError, match='no_such_name'): sdlab.no_such_name
 
-# directions
-def imports(module): # modules of the package that `module` imports, anywhere in it
-    at = ['sdlab', *module.split('.')]
-    for node in ast.walk(ast.parse(source(module))):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(at[:-node.level] if node.level else []) 
-            base = '.'.join(o for o in (base, node.module) if o)
-            names = [base, *(f'{base}.{a.name}' for a in node.names)]
-        else: continue
-        yield from (n[len('sdlab.'):] for n in names if n.startswith('sdlab.') and n[len('sdlab.'):] in PAGES)
-
-@pytest.mark.parametrize('module', PAGES)
-def test_imports_point_to_earlier_pages(module):
-    later = {o for o in imports(module) if o!=module and PAGES[o][0]>=PAGES[module][0]}
-    assert not later, f'{module} (page {PAGES[module][0]}) imports {sorted(later)}'
-
+# pages
 @pytest.mark.parametrize('module', PAGES)
 def test_page_is_in_its_wing(module):
     n, nb = PAGES[module]
     assert nb.stem[3:]==module.split('.')[-1]
     if '.' in module: assert nb.parent.name==module.split('.')[0]
-
-def test_numbers_follow_the_wings():
-    wings = 'core measure compress distill recover judge lab'.split()      # the lab, the last, has the sixties and the seventies
-    assert [m for m,(n,_) in PAGES.items() if '.' in m and wings.index(m.split('.')[0])!=min(n//10, 6)]==[]
 
 # manners
 def unexplained(name, f, skip=()):

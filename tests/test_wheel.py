@@ -37,7 +37,7 @@ def run(python, code, cwd, **env):
 def test_contents(dist, root):
     sdist, wheel = (set(tarfile.open(dist[0]).getnames()), set(zipfile.ZipFile(dist[1]).namelist()))
     sdist = {n.split('/', 1)[1] for n in sdist if '/' in n}
-    ours = {p.relative_to(root).as_posix() for p in (root/'sdlab').rglob('*') if p.is_file() and '__pycache__' not in p.parts and p.suffix!='.pyc'}
+    ours = {p.relative_to(root).as_posix() for p in (root/'sdlab').rglob('*') if p.is_file() and not {'__pycache__', 'maintain'} & set(p.parts) and p.suffix!='.pyc'}
     assert {n for n in wheel if n.startswith('sdlab/')}==ours         # every module and every asset, nothing else
     assert ours <= sdist and {'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'constraints.txt'} <= sdist
     assert not [n for n in wheel if n.startswith(('tests', 'nbs'))]
