@@ -105,6 +105,7 @@ def write(root, p, want):
     shutil.copy(want, to)
 
 def main(args, root=ROOT):
+    before = {p.relative_to(root):p.read_bytes() for p in notebooks(root)}
     with tempfile.TemporaryDirectory() as d:
         diffs = differences(root, rebuilt(root, Path(d)))
         if '--check' in args:
@@ -112,6 +113,9 @@ def main(args, root=ROOT):
             if diffs: sys.exit(f'{len(diffs)} files out of step: run `make sync`, look at the difference, commit')
             return print(f'in step: {len(notebooks(root))} notebooks, {len(modules(root))} modules, README')
         for p,why,want in diffs:
+            if p.suffix=='.ipynb' and before.get(p)!=(root/p).read_bytes():
+                print(f'{p}: was saved meanwhile and is left alone; run it again')
+                continue
             write(root, p, want)
             print(f'{p}: {why}; put right')
 
