@@ -2,7 +2,7 @@
 
 Importing this loads neither torch nor transformers: `sdlab.load`, `sdlab.prune` and the rest of the vocabulary of
 `sdlab.all` are imported when they are first asked for. Notebooks use `from sdlab.all import *`."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _wings = ('core', 'measure', 'compress', 'heal', 'judge', 'experiment', 'lab', 'all')
 

@@ -13,7 +13,7 @@ from .core.model import *
 from .core.units import *
 from .core.answers import *
 from .core.pocket import *
-from .core.disk import hollow
+from .core.disk import skeleton
 from .measure.scan import *
 from .measure.importance import *
 from .measure.cka import *
@@ -23,7 +23,8 @@ from .measure.text import *
 from .measure.scale import dry_run
 from .compress.prune import *
 from .measure.exact import *
-from .measure.agree import block_study, foretells, iterative, picks, rank_correlation
+from .measure.agree import block_study, rank_agreement, iterative, picks
+from .core.stats import rank_correlation
 from .compress.merge import cosines, merge
 from .compress.shards import prune_checkpoint
 from .heal.rewrite import *
@@ -33,13 +34,15 @@ from .heal.on_policy import on_policy
 from .judge.score import *
 from .judge.recovery import *
 from .judge.draft import draft, self_draft
-from .judge.degeneration import health
+from .judge.degeneration import degeneration
 from .judge.shift import shift
 from .heal.rewrite import surprise
 from .judge.harness import harness
-from .experiment.study import *
-from .experiment.report import *
-from .experiment.selfdata import self_data_distillation
+from .experiment.steps import State, step, tried
+from .experiment.study import Running, Study, study
+from .experiment.report import report
+from .experiment.recipes import demo, recipe, run_recipe
+from .experiment.forecast import forecast
 from .lab.picker import Picker
 from .lab.reader import Reader
 from .lab.watch import Watch

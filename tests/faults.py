@@ -1,8 +1,9 @@
 """What the tests of known faults share.
 
-A fault is a test that says what is right and fails until it is put right. Only a failed assertion counts as the fault: a
-wrong import or a slip in the test is an error like any other. Names are public, and looked up where rooms may move."""
-import contextlib, functools, io, os, re, traceback, warnings
+A fault is a test that says what is right and fails until it is put right. Only a failed assertion counts as the
+fault: a wrong import or a slip in the test is an error like any other. Names are public, and looked up where rooms
+may move."""
+import contextlib, functools, inspect, io, os, re, traceback, warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,8 @@ import sdlab
 from families import tiny, tokenizer
 
 HOUSE = Path(sdlab.__file__).resolve().parent
-INNER = r"object (is|has|does|cannot|of type)|NoneType|__\w+__|\w+Error\b|subscriptable|out of (range|bounds)|unexpected keyword"
+INNER = (r"object (is|has|does|cannot|of type)|NoneType|__\w+__|\w+Error\b|subscriptable|out of (range|bounds)"
+         r"|unexpected keyword")
 
 
 def fault(right):
@@ -28,7 +30,21 @@ def find(*places):
     raise LookupError(f'none of {", ".join(places)} is there')
 
 
-# What came of a call ---------------------------------------------------------------------------------------------------
+VALUES = dict(decoding='core.generate:Decoding', learn='heal.train:Weights',
+              run='heal.train:Run', evaluation='heal.train:Evaluation')
+
+
+def how(f, **loose):
+    "Loose keywords as `f` takes them: gathered into values where it has an argument for these"
+    for k, place in VALUES.items():
+        if k not in inspect.signature(f).parameters: continue
+        kind = find(place)
+        mine = {o: loose.pop(o) for o in [*loose] if o in kind.__dataclass_fields__}
+        if mine: loose[k] = kind(**mine)
+    return loose
+
+
+# What came of a call ------------------------------------------------------------------------------------------------
 def is_sentence(e):
     "Was it raised by a `raise` of this project, in one line that a user can read?"
     if not isinstance(e, (ValueError, TypeError, OSError)): return False
@@ -65,7 +81,7 @@ def outcome(f, *args, **kwargs):
         warnings.simplefilter('always')
         try: got.value = f(*args, **kwargs)
         except Exception as e: got.error = e
-    got.warned = [str(o.message) for o in seen]
+    got.warned = [str(o.message) for o in seen if o.category.__name__!='OldKeyword']
     return got
 
 
@@ -78,8 +94,9 @@ class Typed:
 
     def refused(self, pattern):
         "Status 2, and one sentence in which `pattern` occurs?"
-        last = self.said.strip().splitlines()[-1:] or ['']
-        return self.error is None and self.status == 2 and bool(re.search(pattern, last[0], re.I)) and not re.search(INNER, last[0])
+        last = (self.said.strip().splitlines() or [''])[-1]
+        named = re.search(pattern, last, re.I) and not re.search(INNER, last)
+        return self.error is None and self.status == 2 and bool(named)
 
 
 def command(): return find('experiment.cli:main', 'lab.cli:main')
@@ -98,7 +115,7 @@ def shell(*argv):
     return got
 
 
-# Small models ----------------------------------------------------------------------------------------------------------
+# Small models -------------------------------------------------------------------------------------------------------
 @functools.cache
 def small_lm():
     "A random model of six blocks that reads characters; no test may change it"
@@ -112,31 +129,60 @@ def lm_of(name, *args, tok=None, **kwargs):
     return LM(tiny(name, *args, **kwargs), tok or tokenizer(), 'odd')
 
 
-# Power failures --------------------------------------------------------------------------------------------------------
+# Power failures and full disks --------------------------------------------------------------------------------------
 class PowerFailure(BaseException):
     "The machine stopped here"
 
 
-CHANGES = 'replace rename unlink remove rmdir mkdir link symlink'.split()
+MAKES, REMOVES = ['replace', 'rename', 'mkdir', 'link', 'symlink'], ['unlink', 'remove', 'rmdir']
+
+
+class FilesFirst:
+    "A listing that names files before folders, whatever the file system does: what lies on top is removed first"
+    def __init__(self, listing):
+        with listing: self.entries = sorted(listing, key=lambda o: (o.is_dir(follow_symlinks=False), o.name))
+    def __iter__(self): return iter(self.entries)
+    def __enter__(self): return iter(self.entries)
+    def __exit__(self, *_): pass
+    def close(self): pass
 
 
 @contextlib.contextmanager
-def power_off(after, counted=None):
-    """Inside, the machine stops before change number `after` to the names on the disk: this change and all later ones fail.
-
-    Nothing tidies up after a power failure: a `finally` that tries meets the same end. `counted` gets the changes."""
-    was = {k: getattr(os, k) for k in CHANGES}
-    done = [] if counted is None else counted
+def broken_disk(after, error, names):
+    "Inside, every change of these names after the first `after` ones raises `error()`; gives the list of changes"
+    was = {k: getattr(os, k) for k in [*names, 'scandir']}
+    done = []
 
     def stop_or(name):
         def change(*args, **kwargs):
-            if len(done) >= after: raise PowerFailure(f'{name} {args[0]}')
+            if len(done) >= after: raise error()
             done.append((name, str(args[0])))
             return was[name](*args, **kwargs)
         return change
     try:
-        for k in CHANGES: setattr(os, k, stop_or(k))
+        for k in names: setattr(os, k, stop_or(k))
+        os.scandir = lambda *args: FilesFirst(was['scandir'](*args))
         yield done
-    except PowerFailure: pass
     finally:
         for k, f in was.items(): setattr(os, k, f)
+
+
+@contextlib.contextmanager
+def power_off(after):
+    """The machine stops before change number `after` to the names on its disk, and all later ones fail as well.
+
+    Nothing tidies up after a power failure: a `finally` that tries meets the same end."""
+    with contextlib.suppress(PowerFailure), broken_disk(after, PowerFailure, MAKES+REMOVES) as done: yield done
+
+
+@contextlib.contextmanager
+def disk_full(after):
+    "Nothing new fits on the disk after `after` changes; removing goes on"
+    full = lambda: OSError(28, 'No space left on device')
+    with contextlib.suppress(OSError), broken_disk(after, full, MAKES) as done: yield done
+
+
+def changes(f, *args, stopped=power_off):
+    "All changes that a call makes to names on the disk, of those that `stopped` stops"
+    with stopped(10**9) as done: f(*args)
+    return done

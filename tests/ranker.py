@@ -8,7 +8,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import families
 import torch
 from sdlab.core.model import LM
-import sdlab.heal.tune as T
+import sdlab.heal.train as T
+from sdlab.heal.train import Evaluation, Run, Weights
+from sdlab.heal.tune import training_log, tune
 
 ROWS = [dict(prompt=f'What is {i}?', completion=f'It is {i}.') for i in range(16)]
 
@@ -26,16 +28,16 @@ def permitted():
 def tuned(world=1, out=None, lora=None, **how):
     "Losses and gradient norms, the weights after it, how many of them this process held"
     lm, held = LM(families.tiny('Llama'), families.tokenizer(), 'tiny'), []
-    before, gathered = lm.fingerprint, T._gathered
+    before, gathered = lm.fingerprint, T.gathered
     def noted(model):
         from torch.distributed.tensor import DTensor
         held.extend((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
         return gathered(model)
-    T._gathered = noted
-    try: new = T.tune(lm, ROWS, epochs=1, batch_size=4//world, lr=1e-3, progress=False, out=out, lora=lora, **how)
-    finally: T._gathered = gathered
+    T.gathered = noted
+    try: new = tune(lm, ROWS, epochs=1, batch_size=4//world, lr=1e-3, learn=Weights(lora=lora), run=Run(out=out, progress=False), **how)
+    finally: T.gathered = gathered
     assert lm.fingerprint==before
-    log = T.training_log(new)
+    log = training_log(new)
     return dict(loss=log.loss.tolist(), norm=log.grad_norm.tolist(), tokens=log.tokens.tolist(), held=sum(held), all=new.n_params, fingerprint=new.fingerprint,
                 weights=[round(p.double().sum().item(), 4) for p in new.model.parameters()], plain=all(type(p) is torch.nn.Parameter for p in new.model.parameters()))
 
@@ -44,6 +46,6 @@ if __name__=='__main__':
     if 'fsdp' in flags: permitted()
     got = tuned(int(os.environ['WORLD_SIZE']), None if 'fsdp' in flags else out/'run', 4 if 'lora' in flags else None, **(dict(gradient_checkpointing=True) if 'again' in flags else {}))
     if 'fsdp' in flags:
-        try: T.tune(LM(families.tiny('Llama'), families.tokenizer(), 'tiny'), ROWS, valid=ROWS, progress=False)
+        try: tune(LM(families.tiny('Llama'), families.tokenizer(), 'tiny'), ROWS, run=Run(progress=False), evaluation=Evaluation(rows=ROWS))
         except ValueError as e: got['refused'] = str(e)
     (out/f"{os.environ['RANK']}.json").write_text(json.dumps(got))

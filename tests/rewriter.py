@@ -20,7 +20,7 @@ def noted(tok, prompt):
 
 def answers(say, wait=0, asked=None):
     "A `generate` that answers at once with `say(prompt)`, and notes what it was asked; goes with `noted`"
-    def generate(lm, prompts, max_new_tokens, batch_size=64, prefill='', on_batch=None, **how):
+    def generate(lm, prompts, decoding, prefill='', on_batch=None):
         for i,p in enumerate(_said[tuple(o)] for o in prompts):
             if asked: asked(p)
             time.sleep(wait)

@@ -7,8 +7,8 @@ import families
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.measure.cka import cka
-from sdlab.measure.importance import Pairs, Steps, pair_angles
-from sdlab.measure.scan import Likelihood, Seen, scan
+from sdlab.measure.importance import Pairs, BlockInfluence, pair_angles
+from sdlab.measure.scan import Likelihood, DataFingerprint, scan
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?', 'a b', 'zebra']
 
@@ -19,7 +19,7 @@ def measured(fault=False):
     lm.model.register_forward_pre_hook(lambda m, a, k: read.append(len(k['input_ids'])), with_kwargs=True)
     bs = batches(lm, TEXTS, size=1)
     if fault: bs[5]['attention_mask'].zero_()
-    angles, steps, seen, lik = scan(lm, bs, Pairs(pair_angles), Steps(), Seen(), Likelihood())
+    angles, steps, seen, lik = scan(lm, bs, Pairs(pair_angles), BlockInfluence(), DataFingerprint(), Likelihood())
     here = sum(read)
     return dict(read=here, angles=angles.mean.tolist(), error=angles.stderr.tolist(), steps=steps.mean.tolist(), nll=lik['nll'].tolist(), data=seen['data'],
                 cka=cka(lm, other, TEXTS, batch_size=2).matrix.nan_to_num(-1).tolist(),

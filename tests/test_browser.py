@@ -258,13 +258,13 @@ def test_choose_a_cut(opened, pictures, request):
 
 PICK = """
 from sdlab.core.model import load
-from sdlab.lab.picker import Picker
+from sdlab.lab.picker import Limits, Picker
 teacher = load()
-picker = Picker(teacher, n=2, tokens=8)
+picker = Picker(teacher, n=2, limits=Limits(tokens=8))
 picker"""
 
 def test_interrupt_and_two_at_once(opened):
-    s = opened([PICK, 'other = Picker(teacher, n=4, measure="exact divergence", tokens=8)\nother'], 'two.ipynb')
+    s = opened([PICK, 'other = Picker(teacher, n=4, measure="exact KL", limits=Limits(tokens=8))\nother'], 'two.ipynb')
     s.run_all()
     boxes = s.page.locator('.jp-OutputArea-output', has=s.page.locator('.sdlab-tried'))
     s.until("other.doing!='' and other.worker.busy")
@@ -308,9 +308,9 @@ from sdlab.lab.watch import Watch
 watch = Watch({'self-data': pruned}, data, teacher, texts=pocket_calibration().select(range(16)), prompts=[data[0]['prompt']], epochs=60, batch_size=4, lr=5e-4, probe_every=10, max_new_tokens=16)
 watch
 """, """
-from sdlab.measure.trajectory import Camera
+from sdlab.measure.trajectory import Tracker
 from sdlab.lab.map import Map
-camera = Camera(teacher, pocket_calibration().select(range(24)))
+camera = Tracker(teacher, pocket_calibration().select(range(24)))
 def film(seed, name):
     for step, size in ((0, .3), (10, .2), (20, .1)):
         student = prune(teacher, Plan.span(12, 5, 2))

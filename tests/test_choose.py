@@ -1,14 +1,16 @@
 """Choosing: iterative cutting on a model with a secret, tables that line up, and what is refused before anything is measured"""
 import numpy as np, pandas as pd, pytest, torch
 from families import L, tiny, tokenizer
-from sdlab.measure.agree import Rank, block_study, deal, exact, foretells, iterative, one_shot_or_iterative, picks, rank_correlation, span_table
+from sdlab.core.stats import Rank, rank_correlation
+from sdlab.measure.agree import block_study, deal, exact, rank_agreement, iterative, one_shot_or_iterative, picks, span_table
 from sdlab.compress.prune import prune
 from sdlab.core.units import without
 from sdlab.measure.exact import quality
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.measure.importance import Scores, deepest, influence, random_spans
+from sdlab.measure.scores import Scores
+from sdlab.measure.importance import deepest, influence, random_spans
 
 TEXTS = [f'{a} {b}' for a in ('Ann has', 'Ben sees', 'x = 1;', 'One dog:') for b in ('12 pens.', 'why?', 'far away')]
 
@@ -93,12 +95,12 @@ def test_tables_line_up(lm):
     t = span_table({'random': s}, sizes=(1, 2, 3))
     assert len(t)==6+5+4 and all(t.value==[s.score(l, n)[0] for l, n in zip(t['first'], t['size'])])
     seeds = pd.concat([t.assign(loss=t.value+e) for e in (-.1, .1)]).sample(frac=1, random_state=0)
-    told = foretells({'random': s}, seeds, 'loss', draws=20)
+    told = rank_agreement({'random': s}, seeds, 'loss', draws=20)
     assert told.rho.tolist()==pytest.approx([1]*4) and told.spans.tolist()==[6, 5, 4, 15] and told.n.tolist()==[1, 2, 3, 0]
-    with pytest.raises(ValueError, match="no column 'first'"): foretells({'random': s}, t.drop(columns='first'))
-    with pytest.raises(ValueError, match='span of 3 blocks from 5, which is outside a model of 6'): foretells({'random': s}, pd.DataFrame(dict(first=[5], size=[3], value=[0.])))
-    with pytest.raises(TypeError, match="'x' is not `Scores`"): foretells({'x': [1.]}, t)
-    with pytest.raises(ValueError, match='at least 3 pairs'): foretells({'random': s}, t.iloc[:2])
+    with pytest.raises(ValueError, match="no column 'first'"): rank_agreement({'random': s}, t.drop(columns='first'))
+    with pytest.raises(ValueError, match='span of 3 blocks from 5, which is outside a model of 6'): rank_agreement({'random': s}, pd.DataFrame(dict(first=[5], size=[3], value=[0.])))
+    with pytest.raises(TypeError, match="'x' is not `Scores`"): rank_agreement({'x': [1.]}, t)
+    with pytest.raises(ValueError, match='at least 3 pairs'): rank_agreement({'random': s}, t.iloc[:2])
 
 
 def test_a_study_shows_itself(lm, draws):
@@ -124,12 +126,12 @@ def test_picks_of_one_and_of_many():
 
 def test_refused_before_anything_is_measured(lm, draws, monkeypatch):
     "Halves, names that are taken, sizes and measures that cannot be: said at once, not after the dear part, and never taken for something else"
-    from sdlab.compress import choose
+    from sdlab.measure import agree
     def dear(*args, **kwargs): raise AssertionError('too late')
     half = influence(lm, draws[0], part='attention')
-    for f in (lambda: picks({'half': half}), lambda: span_table({'half': half}), lambda: foretells({'half': half}, pd.DataFrame(dict(first=[0], size=[1], value=[0.])))):
+    for f in (lambda: picks({'half': half}), lambda: span_table({'half': half}), lambda: rank_agreement({'half': half}, pd.DataFrame(dict(first=[0], size=[1], value=[0.])))):
         with pytest.raises(ValueError, match="'half' scores attentions, and these tables are about whole blocks"): f()
-    monkeypatch.setattr(choose, 'quality', dear), monkeypatch.setattr(choose, 'Trial', dear), monkeypatch.setattr(choose, 'importance', dear)
+    monkeypatch.setattr(agree, 'measured', dear), monkeypatch.setattr(agree, 'ExactLoss', dear)
     for sizes in ((0, 2), (3, 6), (2., 3)):
         with pytest.raises(ValueError, match='sizes go from 1 to 5'): block_study(lm, draws, sizes=sizes)
         with pytest.raises(ValueError, match='sizes go from 1 to 5'): one_shot_or_iterative(lm, {'deepest': dear}, draws[0], sizes=sizes)
@@ -147,6 +149,6 @@ def test_pairs_are_pairs(lm, draws):
         with pytest.raises(ValueError, match='must be pairs'): rank_correlation(a, b)
     some = quality(lm, draws[0], sizes=(1, 2))['kl']
     world = span_table({'random': random_spans(6, 1)}, sizes=(1, 2, 3))
-    told = foretells({'some': some, 'deepest': deepest(6)}, world, draws=20).set_index(['measure', 'n']).spans
+    told = rank_agreement({'some': some, 'deepest': deepest(6)}, world, draws=20).set_index(['measure', 'n']).spans
     assert told.to_dict()=={('some', 1): 6, ('some', 2): 5, ('some', 0): 11, ('deepest', 1): 6, ('deepest', 2): 5, ('deepest', 3): 4, ('deepest', 0): 15}
     assert len(picks({'a': deepest(6), 'b': deepest(6)}, sizes=(n for n in (1, 2))))==4

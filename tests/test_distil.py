@@ -6,11 +6,16 @@ from sdlab.core.data import encode, prompt_ids, rows
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 from sdlab.compress.prune import prune
-from sdlab.heal.distil import _beyond, _proved, _streamed, summed_divergence, distil, token_divergence
-from sdlab.heal.on_policy import _answered, on_policy
-from sdlab.heal.tune import training_log, tune
+from sdlab.core.store import OldKeyword
+from sdlab.heal.distil import logits_after_blocks, output_of_blocks, summed_divergence, token_divergence
+from sdlab.heal.distil import distil as real_distil
+from sdlab.heal.on_policy import on_policy as real_on_policy
+from sdlab.heal.on_policy import sampled_answers
+from sdlab.heal.tune import training_log
+from sdlab.heal.tune import tune as real_tune
+from values import with_values
 
-quiet = dict(progress=False)
+tune, distil, on_policy = map(with_values, (real_tune, real_distil, real_on_policy))
 BETAS = dict(forward=0., reverse=1., mixed=.5)
 
 def state(lm): return {k: v.clone() for k, v in lm.model.state_dict().items()}
@@ -35,10 +40,10 @@ def test_a_head_apart_from_its_blocks(name):
     m = families.tiny(name)
     ids, keep = torch.randint(4, 90, (2, 7)), torch.rand(2, 7) > .4
     with torch.no_grad():
-        out = _streamed(m, dict(input_ids=ids))
-        got, want = _beyond(m, out, out.last_hidden_state[keep]), m(input_ids=ids, use_cache=False).logits[keep]
+        out = output_of_blocks(m, dict(input_ids=ids))
+        got, want = logits_after_blocks(m, out, out.last_hidden_state[keep]), m(input_ids=ids, use_cache=False).logits[keep]
     assert torch.equal(got, want) or (got-want).abs().max() < 1e-5
-    assert type(m.base_model).__name__ != '_Given'
+    assert type(m.base_model).__name__ != '_StreamInstead'
 
 @pytest.mark.parametrize('beta', [0., .25, 1.])
 def test_a_peer_agrees(beta):
@@ -85,7 +90,7 @@ def test_left_padding_changes_nothing(teacher, student):
 def test_seeds(way, student, teacher, data):
     "One seed, one run; another seed, another; student and teacher as they were"
     before, mine = state(teacher), state(student)
-    one, two, other = (WAYS[way](student, data, teacher, **{**how, 'seed': s}, **quiet) for s in (1, 1, 2))
+    one, two, other = (WAYS[way](student, data, teacher, **{**how, 'seed': s}) for s in (1, 1, 2))
     assert close(state(one), state(two), 1e-12) and not close(state(one), state(other))
     assert close(before, state(teacher), 1e-12) and close(mine, state(student), 1e-12) and 'forward' not in vars(teacher.model)
     step = one.provenance['steps'][-1]
@@ -103,31 +108,31 @@ def stop_at(n):
 def test_interrupted_and_resumed_is_the_same_run(way, lora, student, teacher, data, tmp_path):
     "Five steps of four rows out of twelve: the second pass over the rows is reached, and it is the second one"
     kw = {**how, 'max_steps': 5, 'save_steps': 2, 'lora': lora} | (dict(share=.5) if way == 'on_policy' else {})
-    whole = WAYS[way](student, data, teacher, **kw, **quiet)
+    whole = WAYS[way](student, data, teacher, **kw)
     with pytest.raises(Stop): WAYS[way](student, data, teacher, out=tmp_path/'run', progress=stop_at(5), **kw)
     seen = []
     again = WAYS[way](student, data, teacher, out=tmp_path/'run', progress=seen.append, **kw)
     assert seen[0]['step'] == 5 and close(state(again), state(whole))
     a, b = whole.provenance['steps'][-1], again.provenance['steps'][-1]
     assert all(a[k] == b[k] for k in ('steps', 'tokens', 'trained_tokens', 'rows', 'data', 'divergence'))
-    with pytest.raises(ValueError, match='holds another run .*divergence'): WAYS[way](student, data, teacher, divergence='mixed', out=tmp_path/'run', **kw, **quiet)
+    with pytest.raises(ValueError, match='holds another run .*divergence'): WAYS[way](student, data, teacher, divergence='mixed', out=tmp_path/'run', **kw)
 
 def test_last_and_accumulation(student, teacher, data):
     "Two halves of a step are the step; `last` moves the end and nothing else"
-    a = distil(student, data, teacher, **how, chunk=3, **quiet)
-    b = distil(student, data, teacher, **{**how, 'batch_size': 2}, gradient_accumulation_steps=2, **quiet)
+    a = distil(student, data, teacher, **how, chunk=3)
+    b = distil(student, data, teacher, **{**how, 'batch_size': 2}, gradient_accumulation_steps=2)
     assert training_log(a).loss.tolist() == pytest.approx(training_log(b).loss.tolist(), rel=1e-3)
     for way in WAYS.values():
-        new, was = state(way(student, data, teacher, last=1, **how, **quiet)), state(student)
+        new, was = state(way(student, data, teacher, last=1, **how)), state(student)
         moved = {k for k in was if not torch.equal(was[k], new[k])}
         assert moved and all(k.startswith(('model.layers.3.', 'model.norm', 'lm_head')) for k in moved)
 
 def test_first_loss_of_a_rollout_by_hand(student, teacher, data):
     "lr=0 and one step: the answers drawn again from outside, the divergence at each of their tokens, no padding"
-    got = on_policy(student, data.select(range(3)), teacher, rollout=5, divergence='forward', max_steps=1, batch_size=3, lr=0., seed=4, **quiet)
+    got = on_policy(student, data.select(range(3)), teacher, rollout=5, divergence='forward', max_steps=1, batch_size=3, lr=0., seed=4)
     ids = sorted(prompt_ids(student.tokenizer, r['prompt']) for r in data.select(range(3)))
     total = count = 0
-    for o, new in zip(ids, _answered(student, ids, [5]*3, '4.0.0', 1.)):
+    for o, new in zip(ids, sampled_answers(student, ids, [5]*3, '4.0.0', 1.)):
         x = torch.tensor([o+new])
         with torch.no_grad(): p, q = (m.model(x).logits[0, len(o)-1:-1].double().log_softmax(-1) for m in (teacher, student))
         total, count = total+(p.exp()*(p-q)).sum().item(), count+len(new)
@@ -135,10 +140,28 @@ def test_first_loss_of_a_rollout_by_hand(student, teacher, data):
     assert log.loss[0] == pytest.approx(total/count, rel=1e-3) and log.trained_tokens[0] == count
     assert log.rollout[0] == pytest.approx(count/3, rel=1e-3)
 
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('lora', [None, 4])
+def test_zeros_stay_zero(way, lora, student, teacher, data):
+    "A sparse matrix and a zeroed MLP, by the one rule of `train`"
+    cut, name = prune(student, Plan(4, (), mlp=(2,))), 'model.layers.1.self_attn.q_proj.weight'
+    model = copy.deepcopy(cut.model)
+    model.get_parameter(name).data[:, ::2] = 0
+    sparse = cut.after('halve', model, zeros=[name])
+    new = WAYS[way](sparse, data, teacher, lora=lora, **how)
+    w = new.model.get_parameter(name)
+    assert not w[:, ::2].any() and not torch.equal(w, model.get_parameter(name)) and not new.model.get_parameter('model.layers.2.mlp.down_proj.weight').any()
+    assert new.zeroed == sparse.zeroed and new.provenance['zeros'] == sparse.provenance['zeros']
+
+@pytest.mark.parametrize('f', [real_distil, real_on_policy])
+def test_old_keywords_warn_and_work(f, student, teacher, data):
+    with pytest.warns(OldKeyword, match='run=Run'): new = f(student, data, teacher, max_steps=1, batch_size=4, progress=False, seed=1)
+    assert close(state(new), state(with_values(f)(student, data, teacher, max_steps=1, batch_size=4, seed=1)), 1e-12)
+
 def test_share_none_is_distil_on_prompts(student, teacher, data):
     "share=0 learns the fixed answers: the first loss is distil's over the same rows"
-    a = on_policy(student, data, teacher, share=0., divergence='forward', max_steps=1, batch_size=12, lr=0., **quiet)
-    b = distil(student, data, teacher, divergence='forward', max_steps=1, batch_size=12, lr=0., **quiet)
+    a = on_policy(student, data, teacher, share=0., divergence='forward', max_steps=1, batch_size=12, lr=0.)
+    b = distil(student, data, teacher, divergence='forward', max_steps=1, batch_size=12, lr=0.)
     assert training_log(a).loss[0] == pytest.approx(training_log(b).loss[0], rel=1e-4)
     assert training_log(a).trained_tokens[0] == training_log(b).trained_tokens[0] and training_log(a).tokens[0] == training_log(b).tokens[0]
 
@@ -146,23 +169,23 @@ def test_raw_text(student, data):
     "Plain texts are learned by tune and distil; a piece that was cut out of a longer text need not end"
     texts = rows([dict(text='abc abc abc', ended=False), dict(text='xyz', ended=True)])
     assert encode(student.tokenizer, texts[0])['input_ids'][-1] != student.tokenizer.eos_token_id == encode(student.tokenizer, texts[1])['input_ids'][-1]
-    assert tune(student, texts, max_steps=1, **quiet).provenance['steps'][-1]['trained_tokens'] == len('abc abc abc')-1+len('xyz')+1-1   # this tokenizer has no BOS, so nothing asks for a first token
+    assert tune(student, texts, max_steps=1).provenance['steps'][-1]['trained_tokens'] == len('abc abc abc')-1+len('xyz')+1-1   # this tokenizer has no BOS, so nothing asks for a first token
 
 def test_last_is_refused_where_it_means_nothing(student, data):
     for bad in (-1, 5, True, 1.5):
-        with pytest.raises(ValueError, match='last is a number of blocks from 0'): tune(student, data, last=bad, **quiet)
-    with pytest.raises(ValueError, match='give one of the two'): tune(student, data, last=1, lora=4, **quiet)
-    with pytest.warns(UserWarning, match='shares its weights with the embeddings'): tune(small('Qwen2'), data, last=1, max_steps=1, **quiet)
+        with pytest.raises(ValueError, match='last is a number of blocks from 0'): tune(student, data, last=bad)
+    with pytest.raises(ValueError, match='give one of the two'): tune(student, data, last=1, lora=4)
+    with pytest.warns(UserWarning, match='shares its weights with the embeddings'): tune(small('Qwen2'), data, last=1, max_steps=1)
 
 def test_refusals(student, teacher, data):
     other = small(vocab_size=120)
     for way in WAYS.values():
-        with pytest.raises(ValueError, match='different vocabularies'): way(student, data, other, **quiet)
-        with pytest.raises(TypeError, match='teacher is an LM'): way(student, data, teacher.model, **quiet)
-        with pytest.raises(ValueError, match="'forward', 'reverse', 'mixed'"): way(student, data, teacher, divergence='kl', **quiet)
+        with pytest.raises(ValueError, match='different vocabularies'): way(student, data, other)
+        with pytest.raises(TypeError, match='teacher is an LM'): way(student, data, teacher.model)
+        with pytest.raises(ValueError, match="'forward', 'reverse', 'mixed'"): way(student, data, teacher, divergence='kl')
     for k, bad, words in (('rollout', 0, 'at least 1'), ('share', 2, 'from 0 to 1'), ('temperature', 0, 'above 0')):
-        with pytest.raises(ValueError, match=words): on_policy(student, data, teacher, **{k: bad}, **quiet)
-    with pytest.raises(ValueError, match='needs questions'): on_policy(student, ['abc'], teacher, **quiet)
-    with pytest.raises(TypeError, match='called rollout here'): on_policy(student, data, teacher, max_completion_length=3, **quiet)
-    with pytest.raises(TypeError, match='no argument of on_policy'): on_policy(student, data, teacher, use_vllm=True, **quiet)
-    with pytest.raises(ValueError, match='leaves room'): on_policy(student, data, teacher, max_length=2, **quiet)
+        with pytest.raises(ValueError, match=words): on_policy(student, data, teacher, **{k: bad})
+    with pytest.raises(ValueError, match='needs questions'): on_policy(student, ['abc'], teacher)
+    with pytest.raises(TypeError, match='called rollout here'): on_policy(student, data, teacher, max_completion_length=3)
+    with pytest.raises(TypeError, match='no argument of on_policy'): on_policy(student, data, teacher, use_vllm=True)
+    with pytest.raises(ValueError, match='left no room'): on_policy(student, data, teacher, max_length=2)

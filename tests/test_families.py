@@ -3,11 +3,11 @@ import copy, hashlib, json, subprocess, sys
 import pytest, torch
 from families import FAMILIES, HEAD, L, MLP_ONLY, SLIDE, VOCAB, WINDOW, config, deaf, half, loud, plain, tiny, tokenizer
 from sdlab.compress.prune import prune
-from sdlab.core.units import without
+from sdlab.core.units import find_units, without
 from sdlab.core.data import batches, decode
-from sdlab.core.model import LM, load, silent_modules
+from sdlab.core.history import zero_names
+from sdlab.core.model import LM, load
 from sdlab.core.generate import generate
-from sdlab.core.units import find_writers, silenced
 from sdlab.core.plan import Plan
 from sdlab.measure.cost import cost
 from sdlab.measure.importance import angular_distance, distances, importance, importance_steps, influence, relative_update
@@ -76,8 +76,8 @@ def own(view, lm):
 
 
 def zeros(lm, plan):
-    "Bytes that silence may cost a view: a number for each weight, and for experts, whose kernels want rows, one matrix of each shape"
-    mods = [lm.blocks[i].get_submodule(k) for i, o in find_writers(lm, {*plan.attn, *plan.mlp}).items() for part, idx in (('attention', plan.attn), ('mlp', plan.mlp)) if i in idx for k in o[part]] if plan.attn or plan.mlp else []
+    "Bytes that zeros may cost a view: a number for each weight, and for experts, whose kernels want rows, one matrix of each shape"
+    mods = [lm.blocks[i].get_submodule(k) for part, idx in (('attention', plan.attn), ('mlp', plan.mlp)) if idx for i, names in find_units(lm, part, idx).items() for k in names]
     ps = [p for m in mods for p in m.parameters(recurse=False)]
     return sum(4 for p in ps if p.ndim<3) + sum({p.shape: p[0].numel()*4 for p in ps if p.ndim==3}.values())
 
@@ -153,7 +153,7 @@ HALF = Plan(L, (1, 5), attn=(0, 3), mlp=(3, 4))   # beside whole blocks, one of 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_half_a_block(name, tmp_path, bare):
-    "Zeros in the writer are what hooks that take the half away say: logits, cached and padded answers; and all that a cut has to keep"
+    "Zeros in the output projection are what hooks that take the sub-layer away say: logits, cached and padded answers; and all that a cut has to keep"
     lm = LM(tiny(name), tokenizer(), name)
     view, live = without(lm, HALF), without(lm, Plan(L, HALF.drop))
     with deaf(live, *([HALF.keep.index(i) for i in v] for v in (HALF.attn, HALF.mlp))): want, said, padded = logits(live), alone(live), greedy(live, True)
@@ -161,7 +161,7 @@ def test_half_a_block(name, tmp_path, bare):
     assert alone(view)==said and greedy(view, True)==padded
     said, saved = cost(lm, HALF), cost(lm, Plan(L, HALF.drop))
     assert (said.params, said.macs, said.attn, said.mlp)==(saved.params, saved.macs, 2, 2) and 'saves neither memory nor time' in repr(said) and 'silent' in repr(cost(view))
-    assert view.silent=={'attention': HALF.attn, 'mlp': HALF.mlp} and view.strip=='▀▁█░▄▁'
+    assert view.zeroed=={'attention': HALF.attn, 'mlp': HALF.mlp} and view.strip=='▀▁█░▄▁'
     check(lm, HALF, tmp_path/'cut', bare)
 
 
@@ -180,14 +180,14 @@ def test_every_half_of_every_block(name):
     for i in range(L):
         for kw in (dict(attn=[i]), dict(mlp=[i]), dict(attn=[i], mlp=[i])):
             with deaf(lm, **kw): want = logits(lm)
-            got = silenced(lm, **kw)(input_ids=IDS).logits
+            got = logits(without(lm, Plan(L, **kw)))
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
             assert (got-logits(lm)).abs().max() > 1e-3
     assert state(lm)==before
 
 
 def output(lm, b, i, **kw):
-    "What block `i` gives with its half silenced by hooks, in float64"
+    "What block `i` gives with its half taken away by hooks, in float64"
     out = []
     with deaf(lm, **kw), watching(lm.blocks, lambda l, h: out.append(h)): forward_pass(lm.model, b, lm.device)
     return out[i+1].double()
@@ -228,8 +228,8 @@ def test_importance_of_halves_leaves_nothing_behind():
     last, whole = list(importance_steps(lm, bs, part='mlp'))[-1][2], importance(lm, bs, part='mlp')
     assert all(torch.allclose(last[k].values, whole[k].values, atol=1e-12) and last[k].evidence==whole[k].evidence for k in whole)
     cut = prune(lm, Plan(L, (0,), attn=(3,)))
-    silent = influence(cut, batches(cut, PROMPTS), part='attention')
-    assert silent.values.argmin()==2 and silent.values[2]==0 and silent.kept==cut.kept   # silent already: nothing is left to lose
+    gone = influence(cut, batches(cut, PROMPTS), part='attention')
+    assert gone.values.argmin()==2 and gone.values[2]==0 and gone.kept==cut.kept   # zeroed already: nothing is left to lose
     with pytest.raises(ValueError, match="'block', 'attention' or 'mlp', not 'head'"): distances(lm, bs, part='head')
     ssm = LM(tiny(ODD['Mamba']), tokenizer(), 'ssm')
     with pytest.raises(ValueError, match='has no MLP to tell apart'): influence(ssm, batches(ssm, PROMPTS), part='mlp')
@@ -243,17 +243,17 @@ def test_halves_compose(name, tmp_path):
     steps = (Plan(L, attn=(1, 3)), Plan(L, (1,)), Plan(5, mlp=(3, 4)), Plan(5, attn=(3,)))
     part = lm
     for k, plan in enumerate(steps): part = load(prune(part, plan).save(tmp_path/str(k)))
-    assert part.kept==once.kept==(0, 2, 3, 4, 5) and part.silent==once.silent=={'attention': (3, 4), 'mlp': (4, 5)}
-    assert part.strip==once.strip=='█▁█▀░▄' and part.provenance['silent']=={'attention': [3, 4], 'mlp': [4, 5]}
+    assert part.kept==once.kept==(0, 2, 3, 4, 5) and part.zeroed==once.zeroed=={'attention': (3, 4), 'mlp': (4, 5)}
+    assert part.strip==once.strip=='█▁█▀░▄' and part.provenance['zeroed']=={'attention': [3, 4], 'mlp': [4, 5]}
     torch.testing.assert_close(logits(part), logits(once), rtol=0, atol=1e-5)
-    assert torch.equal(logits(prune(part, Plan(5, attn=(3,), mlp=(3,)))), logits(part))       # silent already
+    assert torch.equal(logits(prune(part, Plan(5, attn=(3,), mlp=(3,)))), logits(part))       # zeroed already
     assert [s['plan']['drop'] for s in part.provenance['steps']]==[json.loads(p.to_json())['drop'] for p in steps]
     gone = prune(part, Plan(5, (2, 3)))
-    assert gone.silent=={'attention': (), 'mlp': (5,)} and gone.strip=='█▁█▁▁▄'
+    assert gone.zeroed=={'attention': (), 'mlp': (5,)} and gone.strip=='█▁█▁▁▄'
     none = prune(gone, Plan(3, (2,)))
-    assert 'silent' not in none.provenance and torch.equal(logits(none), logits(prune(lm, Plan(L, (1, 3, 4, 5)))))
+    assert not any(none.zeroed.values()) and none.provenance['zeros']==[] and torch.equal(logits(none), logits(prune(lm, Plan(L, (1, 3, 4, 5)))))
     card = (tmp_path/'3'/'README.md').read_text()
-    assert 'the attention of 3–4 silent' in card and 'dropped blocks 1 of 6' in card and '`█▁█▀░▄`' in card
+    assert 'without the attention of 3–4' in card and 'dropped blocks 1 of 6' in card and '`█▁█▀░▄`' in card
 
 
 @pytest.mark.parametrize('name', ['Llama', 'Mixtral', 'GPT-2'])
@@ -265,17 +265,17 @@ def test_a_view_of_halves_can_be_saved(name, tmp_path, bare):
     torch.testing.assert_close(torch.tensor(got['logits']), logits(view), rtol=0, atol=1e-5)
 
 
-def test_silence_is_frozen_and_found_again(tmp_path):
-    "Training would wake what is silent: its weights are frozen, and a reload can name them"
+def test_zeros_are_frozen_and_found_again(tmp_path):
+    "Training would bring back what was zeroed: its weights are frozen, and a reload can name them"
     lm = LM(tiny('Qwen3-MoE'), tokenizer(), 'tiny')
     cut = prune(lm, Plan(L, (0,), attn=(2,), mlp=(1, 2)))
     frozen = {n for n, p in cut.model.named_parameters() if not p.requires_grad}
     back = load(cut.save(tmp_path/'cut'))
-    names = silent_modules(back)
-    assert {n for n, p in back.model.named_parameters() if not p.requires_grad}==frozen
-    assert sorted(names)==['model.layers.0.mlp.down_proj', 'model.layers.1.mlp.experts', 'model.layers.1.self_attn.o_proj']
-    assert frozen=={f'{k}.{p}' for k in names for p, _ in cut.model.get_submodule(k).named_parameters(recurse=False)}
-    assert all(p.requires_grad for p in lm.model.parameters()) and silent_modules(lm)==[]
+    assert {n for n, p in back.model.named_parameters() if not p.requires_grad}==frozen==set(zero_names(back))==set(zero_names(cut))
+    mods = {k.rpartition('.')[0] for k in frozen}
+    assert mods=={'model.layers.0.mlp.down_proj', 'model.layers.1.mlp.experts', 'model.layers.1.self_attn.o_proj'}
+    assert frozen=={f'{k}.{p}' for k in mods for p, _ in cut.model.get_submodule(k).named_parameters(recurse=False)}
+    assert all(p.requires_grad for p in lm.model.parameters()) and zero_names(lm)==[]
 
 
 def test_tied_and_half_precision():
@@ -285,19 +285,17 @@ def test_tied_and_half_precision():
     assert cut.model.lm_head.weight is cut.model.model.embed_tokens.weight
     for name in ('Llama', 'Mixtral', 'Gemma3', 'GPT-NeoX', 'BLOOM'):
         lm = LM(tiny(name), tokenizer(), name)
-        want = find_writers(lm)
-        lm.model.to(torch.bfloat16)
-        assert find_writers(lm)==want
+        two = LM(copy.deepcopy(lm.model).to(torch.bfloat16), tokenizer(), name)
+        for part in ('attention', 'mlp'): assert find_units(two, part)==find_units(lm, part)
 
 
 def test_weak_attention_in_half_precision(data, tmp_path):
     "A real model whose first attention moves the stream by 0.4 %, no more than a rounding of bfloat16"
     lm = load(data/'models'/'babyllama-1m')
-    want = find_writers(lm)
-    for dtype in (torch.bfloat16, torch.float16):
-        lm.model.to(dtype)
-        assert find_writers(lm)==want=={i: {'attention': ('self_attn.o_proj',), 'mlp': ('mlp.down_proj',)} for i in range(lm.n)}
-    moe = load(LM(tiny('Mixtral'), tokenizer(), 'moe').save(tmp_path/'moe'), dtype='bfloat16')   # silent, then the other half of the same block
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        two = LM(copy.deepcopy(lm.model).to(dtype), tokenizer(), str(dtype))
+        for part, name in (('attention', 'self_attn.o_proj'), ('mlp', 'mlp.down_proj')): assert find_units(two, part)=={i: (name,) for i in range(lm.n)}
+    moe = load(LM(tiny('Mixtral'), tokenizer(), 'moe').save(tmp_path/'moe'), dtype='bfloat16')   # zeroed, then the other half of the same block
     assert prune(prune(moe, Plan(L, attn=(2,))), Plan(L, mlp=(2,))).strip=='██░███'
 
 
@@ -319,7 +317,7 @@ def test_halves_refused():
     shared.blocks[4].mlp.down_proj.weight = shared.blocks[1].mlp.down_proj.weight
     says('Block 1 of shared shares mlp.down_proj with other parts', shared, Plan(L, mlp=(1,)))
     lm.model.is_quantized = True
-    says('is quantised, .* silence attention or MLP first', lm, Plan(L, mlp=(1,)))
+    says('is quantised, .* cut parts of blocks first', lm, Plan(L, mlp=(1,)))
     del lm.model.is_quantized
     says('for a model of 7 blocks, but tiny has 6', lm, Plan(7, attn=(1,)))
     from accelerate import cpu_offload, dispatch_model
@@ -366,7 +364,7 @@ def test_an_empty_plan_is_no_cut(tmp_path):
     cut = LM(prune(lm, Plan(L, (1,), attn=(3,))).model, tokenizer(), name='my cut')
     for make in (without, prune):
         again = make(cut, Plan(L-1))
-        assert (again.name, again.provenance, again.silent, again.kept)==('my cut', cut.provenance, cut.silent, cut.kept)
+        assert (again.name, again.provenance, again.zeroed, again.kept)==('my cut', cut.provenance, cut.zeroed, cut.kept)
     assert [s['plan']['drop']['block'] for s in prune(again, Plan(L-1, (0,))).provenance['steps']]==[[1], [0]]
     prune(lm, Plan(L)).save(tmp_path/'same')
     assert load(tmp_path/'same').n==L
@@ -435,7 +433,7 @@ def test_odd_stack(name, tmp_path, bare):
 
 @pytest.mark.parametrize('name', ODD)
 def test_odd_half(name, tmp_path, bare):
-    "Half a block of a hybrid: silent in view, checkpoint and reload alike, or one sentence why not"
+    "Half a block of a hybrid: zeroed in view, checkpoint and reload alike, or one sentence why not"
     for kw in (dict(attn=(1,)), dict(mlp=(2,)), dict(drop=(0,), attn=(2,), mlp=(1,))):
         lm = LM(tiny(ODD[name]), tokenizer(), name)
         before = state(lm)

@@ -2,7 +2,8 @@
 import itertools, math
 import numpy as np, pandas as pd, pytest, torch
 import families
-from sdlab.core.answers import Task, wilson
+from sdlab.core.answers import Task
+from sdlab.core.stats import wilson
 from sdlab.core.data import rows
 from sdlab.core.model import LM
 from sdlab.judge.recovery import Recovery, recovery
@@ -121,7 +122,7 @@ def test_bootstrap_is_the_exact_one():
     want = [np.mean([a[i]-b[i] for i in d]) for d in itertools.product(range(4), repeat=4)]
     for v in sorted(set(want)): assert np.isclose(got, v).mean() == pytest.approx(np.isclose(want, v).mean(), abs=.006)
     d = r.difference('teacher', 'b').iloc[0]
-    assert d.difference == .5 and (d.low, d.high) == (0., 1.) and (d.only_a, d.only_b) == (2, 0) and d.verdict == 'not told apart'
+    assert d.difference == .5 and (d.low, d.high) == (0., 1.) and (d.only_a, d.only_b) == (2, 0) and d.verdict == 'inconclusive'
 
 def test_pairing_and_seeds():
     "Arms that agree on every item differ by exactly nothing; the seed decides the draws"

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from sdlab.measure.cka import CKA, centred_gram, hsic
-from sdlab.measure.trajectory import Camera, Frame, Projection, keep_frame, procrustes, project, read_frames
+from sdlab.measure.trajectory import Tracker, Snapshot, Projection, keep_snapshot, procrustes, project, read_snapshots
 from sdlab.lab.map import Map
 
 N, D, L = 40, 24, 6
@@ -13,12 +13,12 @@ def cloud(seed, layers=L+1, n=N, d=D): return torch.randn(layers, n, d, generato
 def turn(d, seed=0): return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)).double())[0]
 HOME = cloud(0)
 
-def shot(points, step, name='student', lost=(), data='texts', texts=None): # Frame
+def shot(points, step, name='student', lost=(), data='texts', texts=None): # Snapshot
     "A frame of a student that has these points, its CKA with HOME"
     keep = [l for l in range(L+1) if l not in lost]
     h = hsic(centred_gram(points[keep]), centred_gram(HOME), N)
     texts = tuple(f'text number {i}' for i in range(N)) if texts is None else texts
-    return Frame(step, CKA(h.cka, tuple(keep), tuple(range(L+1)), (N,), name, 'the teacher', data=data), points[keep], name, texts)
+    return Snapshot(step, CKA(h.cka, tuple(keep), tuple(range(L+1)), (N,), name, 'the teacher', data=data), points[keep], name, texts)
 
 def film(name='student', seed=1, steps=(0, 10, 20), lost=(3,), **kw):
     "A student that comes home"
@@ -39,15 +39,15 @@ def test_a_frame_comes_back(tmp_path):
     frames = [TEACHER, replace(shot(HOME, 3, odd, texts=(odd,)*N), points=HOME.bfloat16()), replace(shot(HOME, 7), points=None)]
     m = frames[0].cka.matrix.clone(); m[2] = float('nan')
     frames[0] = replace(frames[0], cka=replace(frames[0].cka, matrix=m, blank=('Layer 2 is blank',)))
-    for f in reversed(frames): assert keep_frame(f, tmp_path/'deep'/'er').parent==tmp_path/'deep'/'er'
-    for a, b in zip(frames, read_frames(tmp_path/'deep'/'er'), strict=True): same(a, b)
+    for f in reversed(frames): assert keep_snapshot(f, tmp_path/'deep'/'er').parent==tmp_path/'deep'/'er'
+    for a, b in zip(frames, read_snapshots(tmp_path/'deep'/'er'), strict=True): same(a, b)
     assert not list((tmp_path/'deep'/'er').glob('*.new'))
 
 def test_the_same_look_is_one_frame_and_two_students_share_a_folder(tmp_path):
-    for f in two()['a']+two()['b']+two()['a']: keep_frame(f, tmp_path)
-    assert [(f.step, f.name) for f in read_frames(tmp_path)]==[(0, 'a'), (0, 'b'), (5, 'b'), (10, 'a'), (20, 'a'), (20, 'b')]
-    keep_frame(replace(two()['a'][0], texts=('new',)*N), tmp_path)
-    assert read_frames(tmp_path)[0].texts[0]=='new'
+    for f in two()['a']+two()['b']+two()['a']: keep_snapshot(f, tmp_path)
+    assert [(f.step, f.name) for f in read_snapshots(tmp_path)]==[(0, 'a'), (0, 'b'), (5, 'b'), (10, 'a'), (20, 'a'), (20, 'b')]
+    keep_snapshot(replace(two()['a'][0], texts=('new',)*N), tmp_path)
+    assert read_snapshots(tmp_path)[0].texts[0]=='new'
 
 def test_killed_while_writing_leaves_whole_frames(tmp_path):
     "A process that writes without end is killed: whatever can be read is whole"
@@ -57,27 +57,27 @@ import test_map as t
 from dataclasses import replace
 big = t.shot(t.HOME, 0)
 print('go', flush=True)
-for i in range(10**6): t.keep_frame(replace(big, step=i%50), {str(tmp_path)!r})
+for i in range(10**6): t.keep_snapshot(replace(big, step=i%50), {str(tmp_path)!r})
 '''
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     try:
         assert p.stdout.readline().strip()=='go'
         for _ in range(3): # read while it writes, too
             time.sleep(.3)
-            if list(tmp_path.glob('frame-*.safetensors')): [same(f, shot(HOME, f.step)) for f in read_frames(tmp_path)]
+            if list(tmp_path.glob('frame-*.safetensors')): [same(f, shot(HOME, f.step)) for f in read_snapshots(tmp_path)]
     finally: p.send_signal(signal.SIGKILL); p.wait()
-    frames = read_frames(tmp_path)
+    frames = read_snapshots(tmp_path)
     assert frames
     for f in frames: same(f, shot(HOME, f.step))
 
 def test_what_is_no_film_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='There is no folder'): read_frames(tmp_path/'nothing')
-    with pytest.raises(FileNotFoundError, match='holds no frames'): read_frames(tmp_path)
-    p = keep_frame(TEACHER, tmp_path)
+    with pytest.raises(FileNotFoundError, match='There is no folder'): read_snapshots(tmp_path/'nothing')
+    with pytest.raises(FileNotFoundError, match='holds no frames'): read_snapshots(tmp_path)
+    p = keep_snapshot(TEACHER, tmp_path)
     p.write_bytes(p.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f'{p.name} is not a frame'): read_frames(tmp_path)
+    with pytest.raises(ValueError, match=f'{p.name} is not a frame'): read_snapshots(tmp_path)
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='cannot be made a folder'): keep_frame(TEACHER, tmp_path/'file')
+    with pytest.raises(OSError, match='cannot be made a folder'): keep_snapshot(TEACHER, tmp_path/'file')
     with pytest.raises(ValueError, match='expected 7 layers x 40 texts'): replace(TEACHER, points=HOME[:3])
 
 # in the plane
@@ -135,12 +135,12 @@ def test_a_camera_gives_what_cka_gives(teacher):
     from sdlab.measure.cka import cka
     texts, student = pocket_calibration(6), without(teacher, Plan(12, (5, 6)))
     for how in (dict(), dict(group=8, seed=3), dict(pool='mean')):
-        f, m = Camera(teacher, texts, **how)(student, 4, 'me'), cka(student, teacher, texts, **how)
+        f, m = Tracker(teacher, texts, **how)(student, 4, 'me'), cka(student, teacher, texts, **how)
         assert torch.equal(f.cka.matrix.nan_to_num(9), m.matrix.nan_to_num(9)) and f.points.shape==(11, 24, 128) and (f.step, f.name)==(4, 'me')
-        assert torch.allclose(f.points[:5], Camera(teacher, texts, **how).teacher.points[:5], atol=1e-4) # in the order of the texts, whatever the groups
-    quiet = Camera(teacher, texts, points=False)
+        assert torch.allclose(f.points[:5], Tracker(teacher, texts, **how).teacher.points[:5], atol=1e-4) # in the order of the texts, whatever the groups
+    quiet = Tracker(teacher, texts, points=False)
     assert quiet(student).points is None and quiet.teacher.points is None
-    with pytest.raises(ValueError, match='at least 4 texts'): Camera(teacher, texts.select(range(3)))
+    with pytest.raises(ValueError, match='at least 4 texts'): Tracker(teacher, texts.select(range(3)))
     assert not [h for b in teacher.blocks for h in (*b._forward_hooks, *b._forward_pre_hooks)]
 
 # the Map, without a browser
@@ -295,15 +295,15 @@ def test_ways_to_say_what_to_show(tmp_path):
     assert Map(f+film('b')).students==['a', 'b']                                              # two looks at one step: two students
     m = Map(f, film('a', 2))
     assert (m.students, m.mode, m.student, m.other)==(['a', 'a (2)'], 'both', 'a', 'a (2)')
-    for o in f+[TEACHER]: keep_frame(o, tmp_path)
+    for o in f+[TEACHER]: keep_snapshot(o, tmp_path)
     assert Map(tmp_path).students==['a'] and Map(str(tmp_path))._anchor.anchor
-    assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: look again with Camera(..., points=True)')
+    assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: look again with Tracker(..., points=True)')
 
 def test_the_folder_of_a_run_of_watch(tmp_path):
     "Two arms and the teacher, each with frames of its own"
     (tmp_path/'watch.json').write_text(json.dumps(dict(arms={'self-data': dict(folder='arm-0'), 'SFT': dict(folder='arm-1')})))
     for place, frames in (('teacher', [TEACHER]), ('arm-0', film('self-data')), ('arm-1', film('SFT', 2))):
-        for f in frames: keep_frame(f, tmp_path/place/'frames')
+        for f in frames: keep_snapshot(f, tmp_path/place/'frames')
     m = Map(tmp_path, 'SFT')
     assert (m.students, m.mode, m.other, m._anchor.anchor)==(['self-data', 'SFT'], 'both', 'SFT', True)
 

@@ -9,8 +9,8 @@ from sdlab.core.model import LM
 from sdlab.core.plan import Plan
 from sdlab.measure.cka import cka, centred_gram, hsic, kernels, linear_cka
 from sdlab.measure.cost import by_depth, cost
-from sdlab.measure.importance import Pairs, Steps, angular_distance, deepest, distances, importance, importance_steps, layer_products, pair_angles, pair_updates, random_spans
-from sdlab.measure.scan import Divergence, Likelihood, Meter, Seen, Tally, scan
+from sdlab.measure.importance import Pairs, BlockInfluence, angular_distance, deepest, distances, importance, importance_steps, layer_products, pair_angles, pair_updates, random_spans
+from sdlab.measure.scan import Divergence, Likelihood, Meter, DataFingerprint, RunningMean, scan
 from sdlab.core.hooks import watching
 from sdlab.measure.text import likelihood, likelihood_steps
 
@@ -76,12 +76,12 @@ def test_only_the_completion_counts(lm):
 @pytest.mark.parametrize('cut', [1, 3, 5])
 def test_meters_of_two_shares_add_up(lm, cut):
     def all_of(texts):
-        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), Steps(), Seen(), Likelihood(), Divergence(lm)]
+        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), BlockInfluence(), DataFingerprint(), Likelihood(), Divergence(lm)]
         scan(lm, batches(lm, texts, size=2), *ms)
         return ms
     for a, b, c in zip(all_of(TEXTS[:cut]), all_of(TEXTS[cut:]), all_of(TEXTS)):
         s, w = (a+b).result(), c.result()
-        if isinstance(w, Tally): assert s.n==w.n; close(s.mean, w.mean, 1e-6); close(s.stderr, w.stderr, 1e-6)
+        if isinstance(w, RunningMean): assert s.n==w.n; close(s.mean, w.mean, 1e-6); close(s.stderr, w.stderr, 1e-6)
         elif 'data' in w: assert s==w
         else: close(s['nll'], w['nll'], 1e-4); close(s['perplexity'], w['perplexity'], 1e-2)
     with pytest.raises(TypeError, match='same kind'): Pairs(pair_angles)+Pairs(pair_updates)
@@ -93,7 +93,7 @@ def test_a_pass_that_breaks_off_leaves_meters_as_they_were(lm, wrong):
     def breaking(bs):
         yield from bs[:2]
         raise wrong('in the middle')
-    m, seen, bs = Pairs(pair_angles), Seen(), batches(lm, TEXTS, size=2)
+    m, seen, bs = Pairs(pair_angles), DataFingerprint(), batches(lm, TEXTS, size=2)
     scan(lm, bs, m, seen)
     was, n = m.result().mean.clone(), seen.result()
     with pytest.raises(wrong): scan(lm, breaking(bs), m, seen)
@@ -117,9 +117,9 @@ def test_ranks_share_the_texts(tmp_path):
 def test_no_state_of_a_text_survives(lm):
     "What a meter holds afterwards does not grow with the texts"
     def held(n):
-        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), Steps()]
+        ms = [Pairs(pair_angles), Pairs(pair_updates, 'all'), BlockInfluence()]
         scan(lm, batches(lm, TEXTS*n, size=2), *ms)
-        flat = [t for m in ms for v in vars(m).values() for t in ([v.mean, v.m2] if isinstance(v, Tally) else v if isinstance(v, list) else [v]) if torch.is_tensor(t)]
+        flat = [t for m in ms for v in vars(m).values() for t in ([v.mean, v.m2] if isinstance(v, RunningMean) else v if isinstance(v, list) else [v]) if torch.is_tensor(t)]
         return sum(t.numel() for t in flat if t.ndim)
     assert held(4)==held(1)
 
@@ -341,12 +341,12 @@ def test_on_a_real_model(data):
 def test_the_clock_refuses_before_it_runs():
     "Texts beyond the context, no rounds; and an iterator of sizes gives all of them"
     from sdlab.core.units import without
-    from sdlab.measure.cost import pace, seconds_per_token
+    from sdlab.measure.cost import latency, seconds_per_token
     gpt = LM(tiny('GPT-2'), tokenizer(), 'gpt')
     n = gpt.config.n_positions
     with pytest.raises(ValueError, match=f'gpt reads no more than {n} tokens, and the clock would have it read {n+1}'): seconds_per_token(gpt, n+1)
     with pytest.raises(ValueError, match='lower `context`'): by_depth(gpt, (2,), context=2*n, cut=without)
-    with pytest.raises(ValueError, match='lower `context`'): pace({'gpt': gpt}, context=n-2, repeats=4, step=True)
-    with pytest.raises(ValueError, match='at least 1, not 0'): pace({'gpt': gpt}, context=4, repeats=0)
-    assert len(pace({'gpt': gpt}, context=n-3, repeats=2, step=True))==1 and seconds_per_token(gpt, n)>0
+    with pytest.raises(ValueError, match='lower `context`'): latency({'gpt': gpt}, context=n-2, repeats=4, step=True)
+    with pytest.raises(ValueError, match='at least 1, not 0'): latency({'gpt': gpt}, context=4, repeats=0)
+    assert len(latency({'gpt': gpt}, context=n-3, repeats=2, step=True))==1 and seconds_per_token(gpt, n)>0
     assert by_depth(gpt, (k for k in (1, 2))).frame().dropped.tolist()==[1, 2]

@@ -5,7 +5,7 @@ from families import L, config, loud, tiny, tokenizer
 from sdlab.compress.prune import prune
 from sdlab.core.units import without
 from sdlab.core.model import LM, load
-from sdlab.core.generate import generate
+from sdlab.core.generate import Decoding, generate
 from sdlab.core.plan import Plan
 
 
@@ -121,7 +121,7 @@ def test_generate_leaves_the_model_alone(lm):
     model = copy.deepcopy(lm.model).train()
     model.model.layers[2].eval()
     was, flags, rng = model.generation_config.to_dict(), [m.training for m in model.modules()], torch.get_rng_state()
-    generate(LM(model, lm.tokenizer), ['Ann', 'the pen'], 5, temperature=.8)
+    generate(LM(model, lm.tokenizer), ['Ann', 'the pen'], Decoding(5, temperature=.8))
     assert model.generation_config.to_dict()==was and [m.training for m in model.modules()]==flags and torch.equal(torch.get_rng_state(), rng)
 
 
@@ -152,7 +152,7 @@ def test_other_caches():
     lm = LM(tiny(('mamba', dict(vocab_size=100, hidden_size=32, num_hidden_layers=L, state_size=4))), tokenizer())
     prompts = ['Ann has 12 pens', 'the', 'One day']
     assert generate(lm, prompts, 8)==[generate(lm, [p], 8)[0] for p in prompts]
-    assert generate(lm, prompts, 8, temperature=1.)==generate(lm, prompts, 8, temperature=1.)
+    assert generate(lm, prompts, Decoding(8, temperature=1.))==generate(lm, prompts, Decoding(8, temperature=1.))
 
 
 # Surgery --------------------------------------------------------------------------------------------------------------

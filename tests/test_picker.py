@@ -4,11 +4,12 @@ import pytest, torch, traitlets
 from families import L, tiny, tokenizer
 from sdlab.compress.prune import prune
 from sdlab.core.units import without
-from sdlab.measure.exact import Trial, quality, quality_steps
+from sdlab.measure.exact import ExactLoss, quality
+from sdlab.measure.scores import measured_steps
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
-from sdlab.lab.picker import MEASURES, Picker
+from sdlab.lab.picker import Limits, Picker, _pass_of
 from sdlab.measure.cost import cost
 from sdlab.measure.importance import distances, random_spans
 
@@ -21,7 +22,7 @@ def lm(): return LM(tiny('Qwen3'), tokenizer(), 'tiny')
 
 @pytest.fixture
 def picker(lm):
-    with Picker(lm, TEXTS, prompt='2+2=', sample=4, tokens=6) as p: yield p
+    with Picker(lm, TEXTS, prompt='2+2=', limits=Limits(4, tokens=6)) as p: yield p
 
 def hooked(*models): return [o for m in models for o in m.modules() if o._forward_hooks or o._forward_pre_hooks]
 def state(lm): return {k: v.clone() for k, v in lm.model.state_dict().items()}
@@ -53,19 +54,19 @@ def test_numbers_are_those_of_the_functions(lm, picker):
     p.pick(1, 3).wait()
     cut, c = without(lm, p.plan), cost(lm, Plan(L, (1, 2, 3)))
     few = [TEXTS[i] for i in (0, 3, 6, 9)]
-    want = Trial(lm, batches(lm, few))(p.plan)
+    want = ExactLoss(lm, batches(lm, few))(p.plan)
     for k in ('loss', 'kl', 'perplexity', 'kl_stderr'): assert p.numbers[k]==pytest.approx(want[k], rel=1e-4), k
     assert p.numbers['perplexity_before']==pytest.approx(want['whole'], rel=1e-4) and (p.numbers['texts'], p.numbers['tokens'])==(4, want['n'])
     assert [p.numbers[k] for k in ('params', 'macs', 'bytes', 'blocks', 'params_before', 'blocks_before')]==[c.params, c.macs, c.bytes, 3, c.whole.params, L]
     assert p.numbers['score']==pytest.approx(distances(lm, batches(lm, TEXTS)).score(1, 3)[0], abs=1e-5)
-    assert p.answers=={'teacher': lm.reply('2+2=', 6), 'cut': cut.reply('2+2=', 6)}
+    assert p.answers=={'teacher': lm.reply('2+2=', 6), 'student': cut.reply('2+2=', 6)}
     assert p.history.iloc[-1].kl==p.numbers['kl'] and p.history.iloc[-1].blocks=='1–3'
 
 
 def test_every_measure_and_part_has_a_triangle(lm, picker):
     p = picker
     for part in ('block', 'attention', 'mlp'):
-        for measure in MEASURES:
+        for measure in p.measures:
             p.part, p.measure = part, measure
             p.wait(120)
             p.check()
@@ -73,13 +74,13 @@ def test_every_measure_and_part_has_a_triangle(lm, picker):
             assert s.of_spans and s.part==part and s.sizes==tuple(range(1, L))
             assert p.best().plan.parts[part]==s.best(p.n).parts[part] and p.numbers['score']==s.score(p.first, p.n)[0]
     want = quality(lm, batches(lm, [TEXTS[i] for i in (0, 3, 6, 9)]), part='mlp')
-    assert torch.allclose(p.scores['exact divergence', 'mlp'].values.nan_to_num(), want['kl'].values.nan_to_num(), atol=1e-5)
+    assert torch.allclose(p.scores['exact KL', 'mlp'].values.nan_to_num(), want['kl'].values.nan_to_num(), atol=1e-5)
     p.wait()
-    assert p.numbers['kl']==pytest.approx(p.scores['exact divergence', 'mlp'].score(p.first, p.n)[0], abs=1e-6)     # one number, two ways
+    assert p.numbers['kl']==pytest.approx(p.scores['exact KL', 'mlp'].score(p.first, p.n)[0], abs=1e-6)     # one number, two ways
 
 
 def test_scores_that_are_there_are_not_measured_again(lm):
-    with Picker(lm, TEXTS, scores=[random_spans(lm), distances(lm, batches(lm, TEXTS[:2]))], prompt='', sample=2) as p:
+    with Picker(lm, TEXTS, scores=[random_spans(lm), distances(lm, batches(lm, TEXTS[:2]))], prompt='', limits=Limits(2)) as p:
         assert p.measure=='a random span (seed 0)' and p.plan.drop==random_spans(lm).best(p.n).drop
         p.measure = 'block influence'
         p.wait()
@@ -111,30 +112,30 @@ def slowly(monkeypatch):
     "The exact map takes its time, however fast the machine is"
     import sdlab.lab.picker as picker
     def slow(*args, **kwargs):
-        for i,step in enumerate(quality_steps(*args, **kwargs)):
+        for i,step in enumerate(measured_steps(*args, **kwargs)):
             if i>=3: time.sleep(.4)
             yield step
-    monkeypatch.setattr(picker, 'quality_steps', slow)
+    monkeypatch.setattr(picker, 'measured_steps', slow)
     yield
     monkeypatch.undo()
 
 def test_the_teacher_is_left_alone(lm, slowly, monkeypatch):
     "Two pickers on one teacher, both at long work, and the teacher asked in between; then one is cancelled, one closed in the middle"
     was, answer = state(lm), lm.reply('2+2=', 8)
-    a, b = (Picker(lm, TEXTS*4, prompt='2+2=', measure='exact divergence', sample=8) for _ in range(2))
+    a, b = (Picker(lm, TEXTS*4, prompt='2+2=', measure='exact KL', limits=Limits(8)) for _ in range(2))
     until(lambda: a.progress>.05 and b.progress>.05)
     for i in range(5):
         a.pick(i, 1); b.pick(4-i, 2)
         assert lm.reply('2+2=', 8)==answer and not hooked(lm.model)
     a.cancel()
     until(lambda: not a.worker.busy)
-    assert a.doing=='' and 0<a.scores['exact divergence', 'block'].values.isfinite().sum()<L*(L+1)/2-1     # what was known stays
+    assert a.doing=='' and 0<a.scores['exact KL', 'block'].values.isfinite().sum()<L*(L+1)/2-1     # what was known stays
     b.close()
     assert not hooked(lm.model, a.lm.model, b.lm.model) and same(lm, was) and not [o for o in lm.model.modules() if o.training]
     assert torch.is_grad_enabled() and a.error==b.error==''
     a.pick(0, 2).wait(60)
     monkeypatch.undo()
-    assert a.numbers['kl'] is not None and a.fill().wait(120).scores['exact divergence', 'block'].sizes==tuple(range(1, L))
+    assert a.numbers['kl'] is not None and a.fill().wait(120).scores['exact KL', 'block'].sizes==tuple(range(1, L))
     a.close()
     until(lambda: not threads())
     assert not hooked(lm.model, a.lm.model) and same(lm, was)
@@ -144,7 +145,7 @@ def test_the_teacher_is_left_alone(lm, slowly, monkeypatch):
 def test_an_interrupt_while_the_map_fills(lm, slowly, monkeypatch):
     "Ctrl-C in a cell that waits: the map stops at once, nothing is hooked, and the instrument goes on"
     was = state(lm)
-    with Picker(lm, TEXTS*4, prompt='', measure='exact loss', sample=16) as p:
+    with Picker(lm, TEXTS*4, prompt='', measure='exact loss', limits=Limits(16)) as p:
         until(lambda: p.progress>.05)
         def interrupted(*a, **k): raise KeyboardInterrupt
         monkeypatch.setattr(p.worker._cond, 'wait_for', interrupted)
@@ -161,16 +162,16 @@ def test_an_interrupt_while_the_map_fills(lm, slowly, monkeypatch):
 def test_scores_of_some_sizes_are_completed(lm):
     "What was handed in for one size is no reason never to measure the others"
     some = quality(lm, batches(lm, TEXTS), sizes=3)
-    with Picker(lm, TEXTS, scores=some, prompt='', n=2, measure='exact loss', sample=4) as p:
+    with Picker(lm, TEXTS, scores=some, prompt='', n=2, measure='exact loss', limits=Limits(4)) as p:
         p.wait(60)
         assert p.scores['exact loss', 'block'].sizes==tuple(range(1, L)) and p.best().n==2
 
 def test_what_is_looked_at_does_not_wait_for_the_exact_map(lm, slowly):
-    with Picker(lm, TEXTS*4, prompt='', measure='exact divergence', sample=8) as p:
+    with Picker(lm, TEXTS*4, prompt='', measure='exact KL', limits=Limits(8)) as p:
         until(lambda: p.progress>.05)
         p.measure = 'angular distance'
         until(lambda: p._shown() is not None and p._shown().sizes==tuple(range(1, L)), 5)
-        assert not p.scores['exact divergence', 'block'].sizes==tuple(range(1, L))
+        assert not p.scores['exact KL', 'block'].sizes==tuple(range(1, L))
 
 def test_the_newest_wins(picker):
     "A slider that is dragged: what was passed over is not measured, what it stops at is"
@@ -187,14 +188,14 @@ def test_the_newest_wins(picker):
 def test_out_of_order(picker):
     p = picker
     assert p.figure() and p.text() and p.history.shape==(0, 12) or len(p.history)<=1     # before anything is measured
-    p.measure = 'exact divergence'
+    p.measure = 'exact KL'
     p.pick(2, 2)
     p.cancel()
     p.widget
     p.wait()
     p.prompt = ''
     p.wait()
-    assert p.answers=={'teacher': '', 'cut': ''} and 'prompt' not in p.text()
+    assert p.answers=={'teacher': '', 'student': ''} and 'prompt' not in p.text()
     p.prompt = '3+3='
     p.wait()
     assert p.answers['teacher']
@@ -221,7 +222,7 @@ def test_refusals(lm, picker):
 
 def test_an_error_is_shown_and_can_be_raised(lm):
     "A prompt that is too long: one sentence, to be read and to be raised, and the picker goes on"
-    with Picker(lm, TEXTS, prompt='2+2=', sample=4) as p:
+    with Picker(lm, TEXTS, prompt='2+2=', limits=Limits(4)) as p:
         p.widget
         p.wait()
         p.prompt = 'x'*500
@@ -230,11 +231,11 @@ def test_an_error_is_shown_and_can_be_raised(lm):
         with pytest.raises(ValueError, match='leaves no room'): p.check()
         p.prompt = '1+1='
         p.wait()
-        assert p.error=='' and p.answers['cut']
+        assert p.error=='' and p.answers['student']
 
 
 def test_closed(lm):
-    p = Picker(lm, TEXTS, prompt='2+2=', sample=4)
+    p = Picker(lm, TEXTS, prompt='2+2=', limits=Limits(4))
     p.widget
     p.wait()
     kept, text = p.plan, p.text()
@@ -246,7 +247,7 @@ def test_closed(lm):
 
 def test_a_cut_model_is_shown_in_the_teachers_numbers(lm):
     cut = prune(lm, Plan(L, (1, 2)))
-    with Picker(cut, TEXTS, prompt='', sample=2) as p:
+    with Picker(cut, TEXTS, prompt='', limits=Limits(2)) as p:
         p.pick(0, 2).wait()
         assert p.plan.n==4 and p.plan.drop==(0, 1) and p.history.blocks.tolist()[-1]=='0, 3' and 'without blocks 0, 3' in p.text()
         p.widget
@@ -280,7 +281,7 @@ def test_controls_and_state_follow_each_other(picker):
     assert p.cut==(tried['first'].iloc[-1], tried.dropped.iloc[-1], tried.part.iloc[-1])
     ui.prompt.value = '3+2='
     p.wait()
-    assert p.prompt=='3+2=' and p.answers['teacher'] in ui.whole.value
+    assert p.prompt=='3+2=' and p.answers['teacher'] in ui.teacher.value
     assert len(ui.tried.rows)==len(p.history)==len(ui.chart.series[0]['x'])
     p.check()
 
@@ -298,8 +299,8 @@ def test_cells_fill_up(picker):
     p = picker
     p.widget
     p.cancel(); p.wait()
-    p._asked.add(('exact', 'block'))                                      # as if it had been cancelled at once
-    p.measure = 'exact divergence'
+    p._asked.add((_pass_of('exact KL'), 'block'))                                      # as if it had been cancelled at once
+    p.measure = 'exact KL'
     p.pick(2, 3).wait()
     cells = [v for row in p._ui.grid.values for v in row]
     assert p._ui.grid.values[2][2]==pytest.approx(p.numbers['kl']) and p._ui.grid.blank and p._ui.best.disabled
@@ -309,15 +310,15 @@ def test_cells_fill_up(picker):
 def test_text_is_not_markup(lm):
     t = [dict(prompt=BAD, completion='<b>yes</b>')]*3
     lm.name = BAD
-    with Picker(lm, t, sample=2, tokens=4) as p:
+    with Picker(lm, t, limits=Limits(2, tokens=4)) as p:
         p.widget
         p.wait()
         assert p.prompt==BAD
-        shown = [p._ui.whole.value, p._ui.cut.value, p._ui.strip.value, p._ui.numbers.value]
+        shown = [p._ui.teacher.value, p._ui.student.value, p._ui.strip.value, p._ui.numbers.value]
         assert not any('<img' in o or '<script' in o for o in shown)
         p._said[p.cut, BAD] = p._said[None, BAD] = BAD                    # a model that answers in markup
         p._paint()
-        assert '&lt;img src=x' in p._ui.cut.value and '<img' not in p._ui.whole.value and 'dir="auto"' in p._ui.cut.value
+        assert '&lt;img src=x' in p._ui.student.value and '<img' not in p._ui.teacher.value and 'dir="auto"' in p._ui.student.value
         assert all('<img' not in c for row in p._ui.tried.rows for c in row) and BAD in p.text()
 
 
@@ -332,7 +333,7 @@ def test_it_speaks_to_those_who_do_not_see(picker):
 
 def test_a_picker_that_is_dropped_leaves_nothing(lm):
     import weakref
-    p = Picker(lm, TEXTS, prompt='', sample=2)
+    p = Picker(lm, TEXTS, prompt='', limits=Limits(2))
     p.wait()
     p.close()
     until(lambda: not threads())

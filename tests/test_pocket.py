@@ -4,7 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from sdlab.core.answers import agree, wilson
+from sdlab.core.answers import agree
+from sdlab.core.stats import wilson
 from sdlab.core.model import load
 from sdlab.core.pocket import REWRITE, pocket_assets, pocket_rows, rewrite_rows
 from sdlab.judge.score import score
@@ -50,7 +51,7 @@ def test_the_annotators_are_fair():
     "Measured with the demo's rows, epochs and steps"
     import inspect
     from sdlab.maintain.pocket import fairness
-    from sdlab.experiment.study import demo
+    from sdlab.experiment.recipes import demo
     fair,a,b = pd.read_csv(HERE/'fairness.csv'),*(inspect.signature(f).parameters for f in (fairness, demo))
     assert set(fair.task)=={'sums','facts','choice','order'} and (fair.score>=90).all() and not fair.duplicated(['task', 'voice']).any()
     assert set(fair.voice)==set(a['voices'].default)>={b['voice'].default} and len(fair)==12

@@ -2,7 +2,7 @@
 import pytest, torch
 from families import FAMILIES, L, tiny, tokenizer
 from sdlab.core.units import without
-from sdlab.measure.exact import Replay, Trial, quality, quality_steps, _replay, _tail
+from sdlab.measure.exact import SuffixReplay, ExactLoss, quality, quality_steps, replayed, suffix
 from sdlab.core.data import batches
 from sdlab.core.model import LM
 from sdlab.core.plan import Plan
@@ -30,7 +30,7 @@ def test_a_replay_is_the_cut_model(name):
     spans = [(l, e) for e in range(1, L+1) for l in range(e) if e-l<L]
     for l, e in spans:
         plan = Plan(L, range(l, e))
-        want, got = forward_pass(without(lm, plan).model, b, lm.device).logits, _replay(_tail(lm, plan), lm.path, hs[l], b, e==L)
+        want, got = forward_pass(without(lm, plan).model, b, lm.device).logits, replayed(suffix(lm, plan), lm.path, hs[l], b, e==L)
         assert torch.allclose(got[real], want[real], atol=1e-5, rtol=1e-5), (l, e)
         assert not torch.allclose(got[real], whole[real], atol=1e-2), (l, e)    # the test could have failed
 
@@ -39,7 +39,7 @@ def test_batches_do_not_matter(lm):
     "Nor their size, nor the side of the padding, nor how many logits fit at once"
     one, all4 = (quality(lm, batches(lm, TEXTS, size=n))['kl'].values for n in (1, 4))
     assert torch.allclose(one.nan_to_num(), all4.nan_to_num(), atol=1e-5)
-    m = Replay(lm)
+    m = SuffixReplay(lm)
     few, = scan(lm, batches(lm, TEXTS, size=4), m, max_logits=3000)
     assert torch.allclose(few.mean[1, 0, 1:L], one[0, :L-1], atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_only_answers_count(lm):
 
 def test_the_model_is_left_as_it_was(lm):
     was, flags = lm.fingerprint, [m.training for m in lm.model.train().modules()]
-    m = Replay(lm, sizes=(1,))
+    m = SuffixReplay(lm, sizes=(1,))
     def breaking():
         yield from batches(lm, TEXTS, size=2)
         raise KeyboardInterrupt
@@ -79,11 +79,11 @@ def test_one_size(lm):
 def test_a_cut_model_that_overflows(lm, monkeypatch):
     "The whole model is sound, one without some blocks is not: which blocks, which text"
     def broken(tail, path, h, b, empty):
-        out = _replay(tail, path, h, b, empty)
+        out = replayed(tail, path, h, b, empty)
         return out.masked_fill(b['row'][:, None, None]==2, float('nan')) if empty else out
-    monkeypatch.setattr('sdlab.measure.exact._replay', broken)
+    monkeypatch.setattr('sdlab.measure.exact.replayed', broken)
     with pytest.raises(ValueError, match='Without blocks 4–5 the model gives NaN or infinite logits for text 2'): quality(lm, batches(lm, TEXTS, size=4), sizes=(2,))
-    with pytest.raises(ValueError, match='Without block 5 the model'): Trial(lm, batches(lm, TEXTS, size=2))(Plan(L, (5,)))
+    with pytest.raises(ValueError, match='Without block 5 the model'): ExactLoss(lm, batches(lm, TEXTS, size=2))(Plan(L, (5,)))
 
 
 def test_refusals(lm):
@@ -107,7 +107,7 @@ def test_a_trial_is_the_cut_model(name):
     "Any plan, with gaps and with silent parts: the numbers of the view that `without` gives, whatever the batches"
     lm = LM(tiny(name), tokenizer(), name)
     bs = batches(lm, TEXTS, size=2)
-    trial, was = Trial(lm, batches(lm, TEXTS, size=3)), lm.fingerprint
+    trial, was = ExactLoss(lm, batches(lm, TEXTS, size=3)), lm.fingerprint
     for plan in PLANS:
         cut, got = without(lm, plan), trial(plan)
         said, kl = scan(cut, bs, Likelihood(), Divergence(lm))
@@ -123,7 +123,7 @@ def test_a_trial_counts_answers_only(lm):
     rows = [dict(prompt='2+2=', completion='4'), dict(prompt='a very long question, ', completion='yes and no')]
     b = batches(lm, rows, size=2)
     said, = scan(without(lm, Plan(L, (1, 3))), b, Likelihood())
-    got = Trial(lm, b)(Plan(L, (1, 3)))
+    got = ExactLoss(lm, b)(Plan(L, (1, 3)))
     assert got['n']==said['tokens'].sum()==11 and got['perplexity']==pytest.approx(said['perplexity'], rel=1e-4)
 
 
@@ -140,18 +140,18 @@ def test_texts_without_an_answer_are_no_evidence(lm, size):
     "Left out of every mean and every count; they are not right about nothing"
     few, bs = cut_off(lm, size)
     plan = Plan(L, (2, 3))
-    want, got = Trial(lm, few)(plan), Trial(lm, bs)(plan)
+    want, got = ExactLoss(lm, few)(plan), ExactLoss(lm, bs)(plan)
     assert got==pytest.approx(want, rel=1e-5, abs=1e-5) and got['texts']==4
     assert got['kl']==pytest.approx(scan(without(lm, plan), bs, Divergence(lm))[0].mean.item(), abs=1e-4)
     *_, (_, _, walked) = quality_steps(lm, bs, sizes=(2,))
     for s in (quality(lm, bs, sizes=(2,)), walked):
         for k in ('loss', 'kl'): assert s[k].texts==4 and s[k].score(2, 2)==pytest.approx((want[k], want[k+'_stderr']), abs=1e-4)
-        assert s['loss'].evidence['whole']==pytest.approx(Trial(lm, few)(Plan(L))['loss'], abs=1e-4)
+        assert s['loss'].evidence['whole']==pytest.approx(ExactLoss(lm, few)(Plan(L))['loss'], abs=1e-4)
 
 
 def test_no_answer_at_all_is_refused(lm):
     bs = batches(lm, [dict(prompt=t*20, completion=' never read') for t in TEXTS], max_length=60)
-    for measure in (lambda: Trial(lm, bs), lambda: quality(lm, bs, sizes=(1,)), lambda: next(quality_steps(lm, bs)), lambda: scan(lm, bs, Divergence(lm))):
+    for measure in (lambda: ExactLoss(lm, bs), lambda: quality(lm, bs, sizes=(1,)), lambda: next(quality_steps(lm, bs)), lambda: scan(lm, bs, Divergence(lm))):
         with pytest.raises(ValueError, match='No token counts in these texts'): measure()
 
 
@@ -164,11 +164,11 @@ def test_steps_fill_from_the_first_text_that_counts(lm):
 def test_an_overflow_names_its_text(lm, monkeypatch):
     "Also where texts before it have no answer, and in another batch"
     def broken(tail, path, h, b, empty):
-        out = _replay(tail, path, h, b, empty)
+        out = replayed(tail, path, h, b, empty)
         return out.masked_fill(b['row'][:, None, None]==5, float('nan'))
-    monkeypatch.setattr('sdlab.measure.exact._replay', broken)
+    monkeypatch.setattr('sdlab.measure.exact.replayed', broken)
     bs = cut_off(lm, 3)[1]
-    for measure in (lambda: quality(lm, bs, sizes=(1,)), lambda: list(quality_steps(lm, bs, sizes=(1,))), lambda: Trial(lm, bs)(Plan(L, (1,)))):
+    for measure in (lambda: quality(lm, bs, sizes=(1,)), lambda: list(quality_steps(lm, bs, sizes=(1,))), lambda: ExactLoss(lm, bs)(Plan(L, (1,)))):
         with pytest.raises(ValueError, match='logits for text 5'): measure()
 
 
@@ -176,7 +176,7 @@ def test_an_overflow_names_its_text(lm, monkeypatch):
 def test_a_trial_keeps_streams_and_no_logits(lm):
     "Layers x tokens x width, and what the batches are made of; the logits of the whole model come back from the last stream, to the bit"
     bs = batches(lm, TEXTS, size=3)
-    trial = Trial(lm, bs)
+    trial = ExactLoss(lm, bs)
     trial(Plan(L, (2,)))
     for whole, b in zip(trial._read, bs):
         held = [t for v in vars(whole).values() for t in (v if isinstance(v, list) else v.values() if isinstance(v, dict) else [v]) if torch.is_tensor(t)]
@@ -186,9 +186,9 @@ def test_a_trial_keeps_streams_and_no_logits(lm):
 
 
 def test_a_trial_refuses(lm):
-    with pytest.raises(ValueError, match='no texts'): Trial(lm, [])
-    with pytest.raises(ValueError, match='No token counts'): Trial(lm, batches(lm, ['a']))
-    trial = Trial(lm, batches(lm, TEXTS))
+    with pytest.raises(ValueError, match='no texts'): ExactLoss(lm, [])
+    with pytest.raises(ValueError, match='No token counts'): ExactLoss(lm, batches(lm, ['a']))
+    trial = ExactLoss(lm, batches(lm, TEXTS))
     with pytest.raises(ValueError, match='for a model of 5 blocks, but tiny has 6'): trial(Plan(5, (1,)))
     with pytest.raises(TypeError, match='Surgery takes a Plan'): trial((1, 2))
     assert trial(Plan(L))['kl']==0

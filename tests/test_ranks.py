@@ -56,9 +56,9 @@ def test_the_script_by_two_ranks(studies):
     assert (one/'3 data'/'data.jsonl').read_text()==(two/'3 data'/'data.jsonl').read_text()
     assert {json.loads(l)['source'] for l in (one/'3 data'/'data.jsonl').read_text().splitlines()}>={'teacher'}
     for arm in ('SFT', 'self-data'):
-        logs = [json.loads((o/f'4 {arm}'/'run'/'done.json').read_text())['provenance']['steps'][-1]['log'] for o in (one, two)]
+        logs = [json.loads((o/f'4 {arm}'/'run'/'done.json').read_text())['facts']['log'] for o in (one, two)]
         close(logs[0]['loss'], logs[1]['loss'], 1e-3)
-        assert sorted(p.name for p in (two/f'4 {arm}'/'run').iterdir())==['done.json', 'model', 'tune.json']   # one of them wrote it
+        assert sorted(p.name for p in (two/f'4 {arm}'/'run').iterdir())==['done.json', 'lock', 'model', 'run.json']   # one of them wrote it
     assert (one/'recovery.csv').read_text()==(two/'recovery.csv').read_text()
 
 def test_the_script_goes_on(studies):

@@ -6,6 +6,8 @@ import rewriter
 from forks import Fork
 import sdlab.heal.rewrite as R
 from sdlab.core.data import Text, fingerprint, rows
+from sdlab.core.generate import Decoding
+from sdlab.core.store import Log, OldKeyword
 from sdlab.heal.rewrite import TEMPLATES, Template, ledger, rewrite, summary, verdict
 from rewriter import Teacher, answers, noted, numbered, right
 from toys import CHATML
@@ -29,7 +31,7 @@ def go(n=6, teacher=None, **kwargs): return rewrite(teacher or Teacher(), number
 def test_every_reason(say):
     texts = dict(enumerate(['So #### 1', 'So #### 9', 'So one', ' ', 'My response: #### 5', Text('So #### 6', 7), 'So  #### 7. ']))
     say(lambda p: texts[int(p.split()[2][:-3])])
-    ds = go(7, max_new_tokens=7)
+    ds = go(7, decoding=7)
     assert ds['reason']==['same answer', 'other answer', 'no answer', 'empty', 'banned phrase', 'cut off', 'same answer']
     assert ds['completion']==['So #### 1', *ds['reference'][1:6], 'So  #### 7.'] and ds['written'][1]=='So #### 9'
     assert ds.column_names[:5]==['prompt', 'completion', 'reference', 'source', 'reason']
@@ -77,13 +79,22 @@ def test_a_template_travels_with_its_tokenizer(tmp_path):
 
 def test_prefill_is_not_part_of_the_answer(monkeypatch):
     seen = {}
-    def generate(lm, prompts, n, prefill='', on_batch=None, **how):
-        seen.update(prefill=prefill, n=n, **how)
+    def generate(lm, prompts, decoding, prefill='', on_batch=None):
+        seen.update(prefill=prefill, decoding=decoding)
         on_batch([(0, Text('2+3 = 5. #### 5', 9))])
     monkeypatch.setattr(R, 'generate', generate)
-    ds = rewrite(Teacher(), [dict(prompt='2+3?', completion='#### 5')], 'gsm8k', progress=False, temperature=.7, seed=3, batch_size=5, max_new_tokens=44)
-    assert seen=={**seen, 'prefill':"Great! Let's think step by step. ", 'temperature':.7, 'seed':3, 'batch_size':5, 'n':44}
+    ds = rewrite(Teacher(), [dict(prompt='2+3?', completion='#### 5')], 'gsm8k', progress=False, decoding=(how := Decoding(44, temperature=.7, seed=3, batch_size=5)))
+    assert seen==dict(prefill="Great! Let's think step by step. ", decoding=how)
     assert ds['completion']==['2+3 = 5. #### 5']
+
+def test_loose_keywords_of_version_01(say):
+    say(right)
+    want = go(2, decoding=Decoding(44, seed=3))
+    with pytest.warns(OldKeyword, match=r'rewrite\(max_new_tokens=...\) is decoding=Decoding\(max_new_tokens=...\)'): got = go(2, max_new_tokens=44, seed=3)
+    assert fingerprint(got)==fingerprint(want)
+    say(lambda p: ' three pens')
+    with pytest.warns(OldKeyword, match=r'template=Template\(share=...\)'): rewrite(Teacher(), ['Ann has 12 pens. Ben has 3 pens.'], share=.5, progress=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'.*Decoding"): go(2, max_tokens=44)
 
 # plain text
 def test_text_is_continued_from_a_word_on(say):
@@ -136,7 +147,7 @@ def test_a_torn_last_line_is_repaired(say, tmp_path, cut):
 
 def test_a_torn_head_is_written_again(say, tmp_path):
     say(right)
-    tmp_path.joinpath('rewrite-0.jsonl').write_bytes(b'{"ledger": 1, "sett')
+    tmp_path.joinpath('rewrite-0.jsonl').write_bytes(b'{"log": 2, "sett')
     assert len(go(out=tmp_path))==6 and 'settings' in json.loads((tmp_path/'rewrite-0.jsonl').read_text().splitlines()[0])
 
 def test_damage_in_the_middle_is_counted_and_made_good(say, tmp_path):
@@ -150,8 +161,8 @@ def test_damage_in_the_middle_is_counted_and_made_good(say, tmp_path):
     with pytest.warns(UserWarning, match='1 lines of .* are damaged'): again = go(out=tmp_path)
     assert fingerprint(again)==fingerprint(whole) and len(asked)==1
 
-@pytest.mark.parametrize('change,says', [(dict(teacher=Teacher('b')), "teacher was 'a' and is 'b'"), (dict(template=ASK+'!'), 'user was'), (dict(max_new_tokens=9), 'max_new_tokens was 256 and is 9'),
-                                         (dict(temperature=.5), 'temperature was 0 and is 0.5')])
+@pytest.mark.parametrize('change,says', [(dict(teacher=Teacher('b')), "teacher was 'a' and is now 'b'"), (dict(template=ASK+'!'), 'user was'), (dict(decoding=9), 'max_new_tokens was 256 and is now 9'),
+                                         (dict(decoding=Decoding(temperature=.5)), 'temperature was 0 and is now 0.5')])
 def test_other_settings_are_refused(say, tmp_path, change, says):
     asked = say(right)
     go(out=tmp_path)
@@ -166,6 +177,8 @@ def test_what_is_no_ledger_is_refused(say, tmp_path):
     with pytest.raises(ValueError, match='not a ledger'): go(out=tmp_path)
     assert not asked and (tmp_path/'rewrite-0.jsonl').read_text()=='{"text": "my thesis"}\n'
     with pytest.raises(ValueError, match='no ledger'): ledger(tmp_path/'nowhere')
+    (tmp_path/'rewrite-0.jsonl').write_text('{"ledger": 1, "settings": {}}\n')        # as version 0.1 kept it
+    with pytest.raises(ValueError, match='another version of sdlab'): go(out=tmp_path)
 
 def test_out_that_cannot_be_written(say, tmp_path):
     asked = say(right)
@@ -205,7 +218,8 @@ def test_an_interrupt_leaves_a_valid_ledger(say, tmp_path):
 
 def test_one_writer_at_a_time(say, tmp_path):
     say(right)
-    with R._writing(tmp_path, R._settings(Teacher(), Template(ASK), 256, 0., 1., None, 0)):
+    go(1, out=tmp_path)
+    with Log(tmp_path/'rewrite-0.jsonl'):
         with pytest.raises(ValueError, match='Another process is writing'): go(out=tmp_path)
 
 # other processes
@@ -263,7 +277,7 @@ def stories(data):
 
 def test_real_stories_are_continued(stories, data, tmp_path):
     texts = rows(data/'tinystories'/'stories.json', limit=6)
-    ds = rewrite(stories, texts, max_new_tokens=60, out=tmp_path, progress=False)
+    ds = rewrite(stories, texts, decoding=60, out=tmp_path, progress=False)
     assert ds['source']==['teacher']*6 and ds['reason']==['continued']*6
     assert all((r['prompt']+r['reference'])==t['text'][:len(r['prompt']+r['reference'])] for r,t in zip(ds, texts))
     import torch
@@ -272,12 +286,12 @@ def test_real_stories_are_continued(stories, data, tmp_path):
         ids = torch.tensor([prompt_ids(stories.tokenizer, r['prompt'])])
         want = stories.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, eos_token_id=sorted(stories.stops), pad_token_id=0)[0, ids.shape[1]:].tolist()
         assert r['completion'].startswith(decode(stories.tokenizer, want[:40]).rstrip('\ufffd'))
-    assert fingerprint(rewrite(stories, texts, max_new_tokens=60, out=tmp_path, progress=False))==fingerprint(ds)
+    assert fingerprint(rewrite(stories, texts, decoding=60, out=tmp_path, progress=False))==fingerprint(ds)
 
 @pytest.mark.parametrize('name,rule', [('gsm8k/train.jsonl', 'final'), ('gsm8k/test.jsonl', 'integer'), ('dolly/dolly_train.json', 'auto'), ('llm-adapters/ARC-Easy/train.json', 'choice')])
 @pytest.mark.filterwarnings('ignore:.*leave no room')
 def test_real_sets_with_a_model_that_cannot(stories, data, name, rule):
-    ds = rewrite(stories, rows(data/name, limit=12), 'refer', rule=rule, max_new_tokens=24, progress=False)
+    ds = rewrite(stories, rows(data/name, limit=12), 'refer', rule=rule, decoding=24, progress=False)
     assert len(ds)==12 and all(r['completion']==r['reference'] for r in ds if r['source']=='reference')
     assert all(r['reason'] in ('cut off', 'too long', 'no answer', 'other answer', 'empty', 'banned phrase') for r in ds if r['source']=='reference')
 

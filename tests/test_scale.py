@@ -8,18 +8,22 @@ import pytest, torch
 import families
 from sdlab.compress.prune import prune
 from sdlab.core.units import without
-from sdlab.measure.exact import Trial, quality
+from sdlab.measure.exact import ExactLoss, quality
 from sdlab.core.answers import Task
 from sdlab.core.data import batches, rows
 from sdlab.core.model import LM, load
-from sdlab.core.units import find_writers
+from sdlab.core.units import find_units
 from sdlab.core.plan import Plan
 from sdlab.heal.rewrite import rewrite
 from sdlab.judge.score import score
 from sdlab.measure.scale import dry_run
 from sdlab.measure.cka import cka
 from sdlab.measure.importance import distances, influence
-from sdlab.heal.tune import training_log, tune
+from sdlab.heal.tune import training_log
+from sdlab.heal.tune import tune as real_tune
+from values import with_values
+
+tune = with_values(real_tune)
 
 PLAN, TEXTS = Plan(6, (2, 3)), ['Ann has 12 pens', 'the quick', 'One day a small dog', 'far away']
 ROWS = [dict(prompt=f'What is {i}?', completion=f'It is {i}.') for i in range(8)]
@@ -59,13 +63,13 @@ def lm(request, folder, tmp_path_factory):
 def test_it_is_read_and_asked(lm, plain):
     "Spans, exact quality, trials, CKA, answers, rewriting, scores: of an offloaded model the very numbers of the whole one"
     bs = batches(lm, TEXTS, size=2)
-    spans, exact, trial = distances(lm, bs), quality(lm, bs, sizes=2)['loss'], Trial(lm, bs)(PLAN)
+    spans, exact, trial = distances(lm, bs), quality(lm, bs, sizes=2)['loss'], ExactLoss(lm, bs)(PLAN)
     answers, items = lm.reply(['hello', 'you'], 6), score(lm, Task('t', rows(ROWS), metric='perplexity'))
     data = rewrite(lm, ROWS, max_new_tokens=5, progress=False)
     near = cka(lm, plain, TEXTS, group=4).matrix.diagonal()
     assert influence(lm, bs).best(2).n==6 and len(data)==8 and len(lm.fingerprint)==16
     if lm.few: assert spans.values.shape==distances(plain, bs).values.shape and near.isfinite().all() and near[0]>.99; return  # the embedding is not quantised
-    assert torch.equal(spans.values.nan_to_num(), distances(plain, bs).values.nan_to_num()) and trial==Trial(plain, bs)(PLAN) and lm.fingerprint==plain.fingerprint
+    assert torch.equal(spans.values.nan_to_num(), distances(plain, bs).values.nan_to_num()) and trial==ExactLoss(plain, bs)(PLAN) and lm.fingerprint==plain.fingerprint
     assert torch.equal(exact.values.nan_to_num(), quality(plain, bs, sizes=2)['loss'].values.nan_to_num())
     assert answers==plain.reply(['hello', 'you'], 6) and items.equals(score(plain, Task('t', rows(ROWS), metric='perplexity')))
     assert data['written']==rewrite(plain, ROWS, max_new_tokens=5, progress=False)['written']
@@ -82,7 +86,7 @@ def test_it_is_cut(lm, plain, tmp_path):
     assert lm.few or any(a is b for a, b in hooked)
 
 def test_halves_are_refused(lm):
-    with pytest.raises(ValueError, match='quantised' if lm.few else 'offloaded'): find_writers(lm)
+    with pytest.raises(ValueError, match='quantised' if lm.few else 'offloaded'): find_units(lm, "mlp")
     with pytest.raises(ValueError, match='quantised' if lm.few else 'offloaded'): without(lm, Plan(6, (), mlp=(1,)))
 
 def test_tuning_it(lm, folder, plain, tmp_path):
@@ -112,7 +116,7 @@ def test_silent_halves_are_not_woken(plain, tmp_path):
     if not find_spec('bitsandbytes'): pytest.skip('bitsandbytes is not installed')
     from transformers import BitsAndBytesConfig
     few = load(prune(plain, Plan(6, (2,), mlp=(4,))).save(tmp_path/'half'), quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map='cpu')
-    with pytest.raises(ValueError, match='silent halves, which adapters would wake'): tune(few, ROWS, lora=4, merge=False, progress=False)
+    with pytest.raises(ValueError, match='zeroed sub-layers, which adapters would fill'): tune(few, ROWS, lora=4, merge=False, progress=False)
 
 def test_what_four_bits_hold(folder, plain):
     "0.5625 bytes for each weight of a linear map of the blocks, as bitsandbytes stores them"
@@ -126,12 +130,12 @@ def test_what_four_bits_hold(folder, plain):
 
 def test_adapters_only_read_the_student(plain):
     "No copy of the weights while adapters are trained; whatever is trained beside them, and what is merged, is a copy"
-    from sdlab.heal.tune import _parted, _working
+    from sdlab.heal.train import own_tensors, training_copy
     own = {p.data_ptr() for p in plain.model.parameters()}
-    work = _working(plain, 8)
+    work = training_copy(plain, 8)
     assert {p.data_ptr() for p in work.parameters()}==own and not {id(p) for p in work.parameters()} & {id(p) for p in plain.model.parameters()}
     work.requires_grad_(False); work.lm_head.requires_grad_(True)
-    assert {k for k, p in _parted(work, plain.model).named_parameters() if p.data_ptr() not in own}=={'lm_head.weight'}
+    assert {k for k, p in own_tensors(work, plain.model).named_parameters() if p.data_ptr() not in own}=={'lm_head.weight'}
     was = plain.fingerprint
     for more in (dict(lora=dict(rank=2, bias='all')), dict(lora=dict(rank=2, modules_to_save=['lm_head'])), dict(lora=2)):
         new = tune(plain, ROWS, epochs=1, lr=1e-2, batch_size=4, progress=False, **more)

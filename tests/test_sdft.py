@@ -1,13 +1,15 @@
 "SDFT's templates, rules and sampling on the real GSM8K, Dolly and ARC files, and rewriting by another engine"
 import random, sys, types, warnings
+from dataclasses import replace
 from collections import Counter
 import pytest
 import torch
 from sdlab.core.answers import extract
+from sdlab.core.generate import Decoding
 from sdlab.core.data import completion_ids, decode, fingerprint, prompt_ids, rows
 from sdlab.core.model import LM
 from sdlab.core.pocket import pocket_rows
-from sdlab.heal.rewrite import SDFT, TEMPLATES, _lies_in, _weights, framed, ledger, rewrite, same_call, shows_code, surprise, verdict
+from sdlab.heal.rewrite import SDFT, TEMPLATES, folder_of, framed, ledger, lies_in, rewrite, same_call, shows_code, surprise, verdict
 from toys import toy
 
 SETS = {'gsm8k/train.jsonl':(7473, 'final'), 'gsm8k/test.jsonl':(1319, 'integer'), 'dolly/dolly_train.json':(2000, 'auto'), 'llm-adapters/ARC-Challenge/test.json':(1172, 'choice'), 'llm-adapters/ARC-Easy/train.json':(2251, 'choice')}
@@ -58,7 +60,7 @@ def test_rows_in_a_training_template(real):
     assert few['completion']==ds['completion'][:30] and all(p[1]['content']==f'### Instruction:\n{x}\n\n### Response:\n' for p,x in zip(few['prompt'], ds['prompt']))
     assert framed(ds.select(range(3)), 'free')['prompt']==ds['prompt'][:3]
 
-def test_sampling_as_published(): assert dict(SDFT)==dict(temperature=.95, top_p=.7, top_k=50, max_new_tokens=512)
+def test_sampling_as_published(): assert SDFT==Decoding(512, temperature=.95, top_p=.7, top_k=50)
 
 # whose words are kept
 def test_real_references_are_counted_and_read(real):
@@ -115,26 +117,26 @@ def short(ds, n=5): return ds.select([i for i,(p,c) in enumerate(zip(ds['prompt'
 
 @pytest.mark.parametrize('name,tpl,rule', [('gsm8k/train.jsonl', 'gsm8k', 'integer'), ('llm-adapters/ARC-Easy/train.json', 'using', 'choice'), ('llm-adapters/ARC-Challenge/test.json', 'free', 'choice')])
 def test_selection_keeps_the_references_of_a_writer_that_cannot(stories, data, tmp_path, name, tpl, rule):
-    few, how = short(rows(data/name)), {**SDFT, 'max_new_tokens':24}
-    ds = rewrite(stories, few, tpl, rule=rule, out=tmp_path, progress=False, **how)
+    few, how = short(rows(data/name)), replace(SDFT, max_new_tokens=24)
+    ds = rewrite(stories, few, tpl, rule=rule, out=tmp_path, progress=False, decoding=how)
     assert len(few)==5 and ds['completion']==ds['reference']==few['completion'] and ds['prompt']==few['prompt'] and set(ds['source'])=={'reference'}
     assert any(ds['written']) and not set(ds['reason'])-{'cut off', 'no answer', 'other answer', 'empty', 'banned phrase'}
-    any_way = rewrite(stories, few, tpl, rule=rule, out=tmp_path, progress=False, select=False, **how)          # the same words, another verdict
+    any_way = rewrite(stories, few, tpl, rule=rule, out=tmp_path, progress=False, select=False, decoding=how)          # the same words, another verdict
     assert any_way['written']==ds['written'] and any_way['reason']==ds['reason'] and len(ledger(tmp_path))==5
     assert all((r['source'], r['completion'])==(('teacher', r['written'].strip()) if r['written'].strip() else ('reference', r['reference'])) for r in any_way)
     assert all(r['ended']==(r['reason']!='cut off') for r in any_way)
-    assert fingerprint(rewrite(stories, few, tpl, rule=rule, progress=False, batch_size=2, **how))==fingerprint(ds)   # a seed is a seed, whatever the batch
-    assert rewrite(stories, few, tpl, rule=rule, progress=False, **how, seed=1)['written']!=ds['written']
+    assert fingerprint(rewrite(stories, few, tpl, rule=rule, progress=False, decoding=replace(how, batch_size=2)))==fingerprint(ds)   # a seed is a seed, whatever the batch
+    assert rewrite(stories, few, tpl, rule=rule, progress=False, decoding=replace(how, seed=1))['written']!=ds['written']
 
 def test_dolly_is_not_checked(stories, data):
     few = short(rows(data/'dolly/dolly_train.json'), 4)
-    ds = rewrite(stories, few, 'using', max_new_tokens=24, progress=False)
+    ds = rewrite(stories, few, 'using', decoding=24, progress=False)
     assert all((r['source'], r['completion'])==(('teacher', r['written'].strip()) if r['reason']=='not checked' else ('reference', r['reference'])) for r in ds)
 
 @pytest.mark.filterwarnings('ignore:.*leave no room')
 def test_rows_too_long_keep_their_reference_without_selection(stories, data):
     long = dict(prompt='How many? '*300, completion='#### 4')
-    ds = rewrite(stories, [*short(rows(data/'gsm8k/train.jsonl'), 1), long], 'gsm8k', max_new_tokens=8, progress=False, select=False)
+    ds = rewrite(stories, [*short(rows(data/'gsm8k/train.jsonl'), 1), long], 'gsm8k', decoding=8, progress=False, select=False)
     assert (ds['source'][1], ds['reason'][1], ds['completion'][1])==('reference', 'too long', '#### 4')
 
 # another engine
@@ -167,7 +169,7 @@ def vllm(monkeypatch):
 def lines(folder): return (folder/'rewrite-0.jsonl').read_text().splitlines()
 
 def test_both_engines_keep_the_same_ledger(vllm, teacher, tmp_path):
-    ask, how = pocket_rows('facts', 6, voice=3), dict(max_new_tokens=20, progress=False)
+    ask, how = pocket_rows('facts', 6, voice=3), dict(decoding=20, progress=False)
     here = rewrite(teacher, ask, out=tmp_path/'hf', **how)
     there = rewrite(teacher, ask, out=tmp_path/'vllm', engine='vllm', **how)
     assert fingerprint(here)==fingerprint(there) and sorted(lines(tmp_path/'hf'))==sorted(lines(tmp_path/'vllm'))
@@ -178,15 +180,15 @@ def test_both_engines_keep_the_same_ledger(vllm, teacher, tmp_path):
     assert lines(tmp_path/'hf')[0]==lines(tmp_path/'vllm')[0]
 
 def test_another_engine_goes_on_where_one_was_killed(vllm, teacher, tmp_path):
-    ask, how = pocket_rows('facts', 6, voice=3), dict(max_new_tokens=20, progress=False, out=tmp_path)
-    whole = rewrite(teacher, ask, max_new_tokens=20, progress=False)
+    ask, how = pocket_rows('facts', 6, voice=3), dict(decoding=20, progress=False, out=tmp_path)
+    whole = rewrite(teacher, ask, decoding=20, progress=False)
     rewrite(teacher, ask.select(range(2)), **how)
     stop = vllm.LLM.generate
     def dies(self, prompts, *args, **kw):
         if len(vllm.calls)==1: raise KeyboardInterrupt
         return stop(self, prompts, *args, **kw)
     vllm.LLM.generate = dies
-    with pytest.raises(KeyboardInterrupt): rewrite(teacher, ask, engine='vllm', batch_size=2, **how)
+    with pytest.raises(KeyboardInterrupt): rewrite(teacher, ask, engine='vllm', **how | dict(decoding=Decoding(20, batch_size=2)))
     assert len(ledger(tmp_path))==4                                                          # what was answered is kept, two rows at a time
     vllm.LLM.generate = stop
     vllm.calls.clear()
@@ -198,14 +200,14 @@ def test_another_engine_goes_on_where_one_was_killed(vllm, teacher, tmp_path):
 def test_sampling_is_asked_for_row_by_row(vllm, teacher):
     ask = pocket_rows('facts', 3)
     def seeds(seed, ask=ask):
-        rewrite(teacher, ask, 'free', progress=False, engine='vllm', seed=seed, **{**SDFT, 'max_new_tokens':4})
+        rewrite(teacher, ask, 'free', progress=False, engine='vllm', decoding=replace(SDFT, max_new_tokens=4, seed=seed))
         return [s for _,s in vllm.calls[-1]]
     one, two = seeds(0), seeds(0, ask.select([2]))
     assert all((s['temperature'], s['top_p'], s['top_k'], s['max_tokens'])==(.95, .7, 50, 4) for s in one) and len({s['seed'] for s in one})==3
     assert two[0]==one[2] and seeds(1)[0]['seed']!=one[0]['seed']                            # a row's seed is its own, whoever is asked beside it
 
 def test_prefill_and_room_are_the_same(vllm, teacher, tmp_path):
-    how = dict(template='gsm8k', max_new_tokens=480, progress=False)
+    how = dict(template='gsm8k', decoding=480, progress=False)
     ask = pocket_rows('facts', 2)
     assert fingerprint(rewrite(teacher, ask, **how))==fingerprint(rewrite(teacher, ask, engine='vllm', **how))
     for ids,s in vllm.calls[-1]:
@@ -214,7 +216,7 @@ def test_prefill_and_room_are_the_same(vllm, teacher, tmp_path):
 def test_an_engine_of_ones_own(vllm, teacher):
     ask, mine = pocket_rows('facts', 2), vllm.LLM(teacher.config._name_or_path)
     vllm.made.clear()
-    ds = rewrite(teacher, ask, engine=mine, max_new_tokens=20, progress=False)
+    ds = rewrite(teacher, ask, engine=mine, decoding=20, progress=False)
     assert ds['source']==['teacher']*2 and not vllm.made
     with pytest.raises(TypeError, match='not LM'): rewrite(teacher, ask, engine=teacher, progress=False)
 
@@ -223,7 +225,7 @@ def test_weights_that_lie_nowhere_are_saved(vllm, teacher, tmp_path):
     from sdlab.compress.prune import prune
     from sdlab.core.plan import Plan
     cut = prune(teacher, Plan(teacher.n, (5,)))
-    with pytest.warns(UserWarning, match='a copy is saved for vLLM'): rewrite(cut, pocket_rows('facts', 1), engine='vllm', max_new_tokens=4, progress=False)
+    with pytest.warns(UserWarning, match='a copy is saved for vLLM'): rewrite(cut, pocket_rows('facts', 1), engine='vllm', decoding=4, progress=False)
     assert vllm.made[-1]['fingerprint']==cut.fingerprint!=teacher.fingerprint
     from pathlib import Path
     assert not Path(vllm.made[-1]['model']).exists()                                         # it goes afterwards
@@ -232,12 +234,12 @@ def test_weights_that_lie_nowhere_are_saved(vllm, teacher, tmp_path):
     again = load(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with _weights(again) as f: assert f==str(tmp_path)
+        with folder_of(again) as f: assert f==str(tmp_path)
     with torch.no_grad(): again.model.model.layers[3].mlp.up_proj.weight.mul_(1.01)
-    assert not _lies_in(again, tmp_path)
+    assert not lies_in(again, tmp_path)
     nowhere = LM(again.model, again.tokenizer, name='nowhere')
     nowhere.config._name_or_path = 'nobody/has-this'
-    with pytest.warns(UserWarning, match='not what lies in any folder'), _weights(nowhere) as f: assert load(f).fingerprint==nowhere.fingerprint
+    with pytest.warns(UserWarning, match='not what lies in any folder'), folder_of(nowhere) as f: assert load(f).fingerprint==nowhere.fingerprint
 
 def test_no_vllm(monkeypatch, teacher, tmp_path):
     monkeypatch.setitem(sys.modules, 'vllm', None)

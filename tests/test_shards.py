@@ -9,7 +9,7 @@ from sdlab.compress import shards
 from sdlab.compress.prune import prune
 from sdlab.compress.shards import passthrough, prune_checkpoint
 from sdlab.core import disk
-from sdlab.core.disk import hollow
+from sdlab.core.disk import skeleton
 from sdlab.core.model import LM, load
 from sdlab.core.plan import Plan
 
@@ -52,13 +52,13 @@ SOME = ['Gemma3', 'SmolLM3', 'Qwen3-MoE', 'GPT-2', 'GPT-NeoX']
 def test_as_in_memory(name, tmp_path):
     src = folder(name, tmp_path/'whole')
     lm = load(src)
-    assert hollow(src).fingerprint==lm.fingerprint and hollow(src).path==lm.path
+    assert skeleton(src).fingerprint==lm.fingerprint and skeleton(src).path==lm.path
     plan = HALF if name in SOME[::2] else Plan(L, (1, 4))
     prune(lm, plan).save(tmp_path/'a')
     assert prune_checkpoint(src, plan, tmp_path/'b')==tmp_path/'b'
     same(tmp_path/'a', tmp_path/'b')
     back = load(tmp_path/'b')
-    assert back.kept==plan.keep and back.silent=={'attention': plan.attn, 'mlp': plan.mlp}
+    assert back.kept==plan.keep and back.zeroed=={'attention': plan.attn, 'mlp': plan.mlp}
     index = tmp_path/'b'/'model.safetensors.index.json'
     if index.exists():
         said = json.loads(index.read_text())
@@ -78,7 +78,7 @@ def test_of_a_cut_and_in_half_precision(tmp_path):
     prune(load(once), Plan(4, (0,), mlp=(1,))).save(tmp_path/'a')
     same(tmp_path/'a', prune_checkpoint(once, Plan(4, (0,), mlp=(1,)), tmp_path/'b'))
     back = load(tmp_path/'b')
-    assert back.dtype==torch.bfloat16 and back.kept==(2, 3, 4) and back.silent=={'attention': (3,), 'mlp': (2, 3, 4)} and len(back.provenance['steps'])==2
+    assert back.dtype==torch.bfloat16 and back.kept==(2, 3, 4) and back.zeroed=={'attention': (3,), 'mlp': (2, 3, 4)} and len(back.provenance['steps'])==2
     copy = prune_checkpoint(once, Plan(4), tmp_path/'copy')          # no cut: a copy, history and all
     assert (copy/'config.json').read_text()==(once/'config.json').read_text() and (copy/'model.safetensors').read_bytes()==(once/'model.safetensors').read_bytes()
 
@@ -132,7 +132,7 @@ def test_bad_folders(tmp_path):
         assert '\n' not in str(e.value), name
     with pytest.raises(FileNotFoundError, match='There is no directory'): prune_checkpoint(tmp_path/'nowhere', plan, tmp_path/'out')
     with pytest.raises(FileExistsError, match='is there already'): prune_checkpoint(src, plan, src)
-    with pytest.raises(ValueError, match='its fingerprint is known once'): shards.without(hollow(src), plan).fingerprint
+    with pytest.raises(ValueError, match='its fingerprint is known once'): shards.without(skeleton(src), plan).fingerprint
     assert not [p for p in tmp_path.iterdir() if 'out' in p.name]
 
 
@@ -221,7 +221,7 @@ def test_where_the_folder_is_to_be(tmp_path, monkeypatch):
     prune_checkpoint(src, Plan(L, (2,)), tmp_path/'link')
     assert load(tmp_path/'real').n==load(tmp_path/'link').n==L-1 and (tmp_path/'link').is_symlink()
     def late(*args): raise AssertionError('too late')
-    monkeypatch.setattr(shards, 'hollow', late)
+    monkeypatch.setattr(shards, 'skeleton', late)
     (tmp_path/'here').mkdir(), monkeypatch.chdir(tmp_path/'here')
     with pytest.raises(ValueError, match='where this program runs'): prune_checkpoint(src, Plan(L, (2,)), '.')
     monkeypatch.setattr(Path, 'is_mount', lambda o: o.name=='disk')

@@ -5,7 +5,7 @@ import families
 from sdlab.core.answers import Task
 from sdlab.core.data import encode
 from sdlab.core.model import LM
-from sdlab.judge.degeneration import health, looping, repeated
+from sdlab.judge.degeneration import degeneration, looping, repeated
 from sdlab.judge.recovery import Recovery
 from sdlab.judge.score import score, score_all
 from sdlab.judge.shift import shift
@@ -32,7 +32,7 @@ def test_items_say_whether_an_answer_ended():
     full = score(m, Task('long', [dict(prompt='a'*120, completion='b')], rule='exact', max_new_tokens=50))
     assert full.reply_tokens[0] <= 8 and (full.reply_tokens[0] == 8) == (not full.ended[0])    # the context of 128 is the limit
 
-# ---- health
+# ---- degeneration
 
 def test_repetition_and_circles():
     assert repeated('') == 0 and repeated('x y z') == 0 and repeated('a b a b a b', n=2) == pytest.approx(1-2/5)
@@ -42,17 +42,17 @@ def test_repetition_and_circles():
 def test_health_of_models(arms):
     tasks = [Task('say', [dict(prompt=f'say {c}', completion='abcd') for c in 'abcdef'], rule='exact', max_new_tokens=6), Task('tell', ['once upon', 'a time'], 'perplexity')]
     items = score_all(arms, tasks)
-    h = health(items)
+    h = degeneration(items)
     f = h.frame().set_index(['arm', 'sign'])
     for a in arms:
         o = items[(items.arm == a)&(items.task == 'say')]
         assert f.loc[(a, 'never_stopped'), 'value'] == (~o.ended.astype(bool)).mean() and f.loc[(a, 'length'), 'value'] == pytest.approx(o.reply_tokens.sum()/24)
     assert (f.low <= f.value+1e-9).all() and (f.value <= f.high+1e-9).all() and (f.n == 6).all() and set(h.tasks) == {'say'}
-    assert health(Recovery(items)).frame().equals(h.frame()) and 'teacher' in repr(h) and 'stopped early' in h._repr_html_()
+    assert degeneration(Recovery(items)).frame().equals(h.frame()) and 'teacher' in repr(h) and 'stopped early' in h._repr_html_()
     import matplotlib.pyplot as plt
     assert h.plot(what='length').get_ylabel().startswith('length')
     plt.close('all')
-    words = health({a: list(items[(items.arm == a)&(items.task == 'say')].reply) for a in arms}, lm=arms['teacher'], references=['abcd']*6)
+    words = degeneration({a: list(items[(items.arm == a)&(items.task == 'say')].reply) for a in arms}, lm=arms['teacher'], references=['abcd']*6)
     assert words.items.wanted.tolist() == [4.]*12 and words.items.never_stopped.isna().all()     # tokens of `lm`; an end cannot be seen in a text
 
 # ---- shift
@@ -144,7 +144,7 @@ def test_harness_equals_score(folder, name):
         said = score(m, Task('say', ASKS, max_new_tokens=4, rule=lambda s, r: s.split('\n')[0] == r))
         assert [o.split('\n')[0] for o in said.reply] == it.loc[('say', a), 'reply'].tolist() and said.score.tolist() == it.loc[('say', a), 'score'].tolist()
     assert 'acc_norm' in got._repr_html_() and got.difference('teacher', 'pruned').n.tolist() == [7, 5, 12]
-    assert set(health(got).items.task) == {'say'}
+    assert set(degeneration(got).items.task) == {'say'}
 
 def test_harness_chat_template(folder):
     "A template that ends in a space: the harness counts that space to every option, we to the question"
@@ -187,7 +187,7 @@ def test_harness_goes_on(folder, arms, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='move it away'): call()
 
 def test_names_of_files(tmp_path):
-    ps = [H._file(tmp_path, a, 't').relative_to(tmp_path).parts[0] for a in ('SFT', 'self-data', '../up', 'a b', 'a/b', '..', '<b>', '.hidden')]
+    ps = [H._items_file(tmp_path, a, 't').relative_to(tmp_path).parts[0] for a in ('SFT', 'self-data', '../up', 'a b', 'a/b', '..', '<b>', '.hidden')]
     assert ps[:2] == ['SFT', 'self-data'] and len(set(ps)) == 8 and not any(o.startswith('.') or '/' in o for o in ps)
 
 def test_groups_are_one_task(folder, arms, no_defaults):
@@ -249,7 +249,7 @@ def test_kinds():
     assert k.loc[('multi-step reasoning', 'pruned'), 'recovery'] == pytest.approx((f['sums', 'pruned']+f['order', 'pruned'])/2) and k.loc[('multi-step reasoning', 'pruned'), 'n'] == 100
     assert (k.xs('teacher', level='arm').recovery == 100).all() and 'likelihood' not in k.index.get_level_values(0)
     d = r.by({'told': ['facts'], 'worked': ['sums', 'order']}, than='teacher').set_index(['kind', 'arm'])
-    assert d.loc[('told', 'pruned'), 'verdict'] == 'not told apart' and d.loc[('worked', 'pruned'), 'verdict'] == 'teacher is better'
+    assert d.loc[('told', 'pruned'), 'verdict'] == 'inconclusive' and d.loc[('worked', 'pruned'), 'verdict'] == 'teacher is better'
 
 # ---- several trainings
 
@@ -267,5 +267,5 @@ def test_silence_comes_back_from_a_csv(tmp_path):
     said = pd.DataFrame([dict(task=t, metric=m, arm='teacher', item=i, score=0., answer='', reference='', reply=r) for t, m, rs in (('say', 'exact_match', ('yes', '', '')), ('pick', 'acc', (None,)*3)) for i, r in enumerate(rs)])
     said.to_csv(tmp_path/'items.csv', index=False)
     for o in (said, pd.read_csv(tmp_path/'items.csv')):
-        f = health(o).frame().set_index(['task', 'sign'])
+        f = degeneration(o).frame().set_index(['task', 'sign'])
         assert set(f.index.get_level_values(0)) == {'say'} and f.loc[('say', 'empty'), 'value'] == pytest.approx(2/3) and f.loc[('say', 'empty'), 'n'] == 3

@@ -6,15 +6,15 @@
 __all__ = ['slerp', 'cosines', 'merge']
 
 # %% ../../nbs/compress/01_merge.ipynb #c002
-import json,math
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass,field
 from pathlib import Path
 import torch
 from ..core.model import LM,load,CONFIG_ASIDE
-from ..core.disk import hollow,StoredModel,fresh_folder,write_config_and_tokenizer,read_stored,require_empty,write_shards
+from ..core.disk import skeleton,StoredModel,write_config_and_tokenizer,read_stored,reload_names,require_empty,write_shards
 from ..core.plan import index_runs
+from ..core.store import replacing
 from ..core.units import owned_copy
-from ..core.history import versions
 
 # %% ../../nbs/compress/01_merge.ipynb #c005
 def _mix(
@@ -65,15 +65,16 @@ class _Side:
     config:object # Hugging Face config
     tensors:dict  # {name: tensor}, in memory or mapped
     source:object # LM or StoredModel
+    record:dict   # Of `core.history`
 
-    @property
-    def own(self): return getattr(self.config, 'sdlab', None) or {}
     @property
     def n(self): return self.config.get_text_config().num_hidden_layers
     @property
     def shape(self): return self.n,self.config.get_text_config().hidden_size,self.config.get_text_config().vocab_size
     @property
-    def kept(self): return tuple(self.own.get('kept') or range(self.n))
+    def kept(self): return tuple(self.record.get('kept', range(self.n)))
+    @property
+    def zeroed(self): return {k:v for k,v in self.record.get('zeroed', {}).items() if v}
     @property
     def words(self): return self.source.tokenizer.get_vocab()
     @property
@@ -88,19 +89,19 @@ def _side(
         if getattr(of.model, 'is_quantized', False): raise ValueError(f'{of.name} is quantised, and its numbers are codes: merge first, quantise afterwards')
         ts = dict(of.model.named_parameters())
         if any(p.device.type=='meta' for p in ts.values()): raise ValueError(f'Some weights of {of.name} are not in memory (offloaded): load it whole, or merge folders with `out=`')
-        return _Side(of.name, of.config, ts, of)
+        return _Side(of.name, of.config, ts, of, of.provenance)
     if not isinstance(of, (str,Path)): raise TypeError(f'Models to merge are LMs or folders, not {type(of).__name__}')
     s = read_stored(of)
-    return _Side(s.name, s.config, s.tensors, s)
+    return _Side(s.name, s.config, s.tensors, s, s.record)
 
 # %% ../../nbs/compress/01_merge.ipynb #c017
 def _same_cut(a, b):
     "Raise unless block `i` of one was block `i` of the other once"
     if a.shape!=b.shape: raise ValueError('{} has {} blocks of width {} and a vocabulary of {}, but {} has {}, {} and {}: only models of one shape can be merged'.format(a.name, *a.shape, b.name, *b.shape))
-    told = [(s.own or {}).get('teacher_fingerprint') for s in (a,b)]
-    if all(told) and told[0]!=told[1]: raise ValueError(f'{a.name} and {b.name} come from different teachers ({a.own["teacher"]} and {b.own["teacher"]}): their blocks have nothing to do with each other')
+    teachers = [s.record.get('teacher_fingerprint') for s in (a,b)]
+    if all(teachers) and teachers[0]!=teachers[1]: raise ValueError(f'{a.name} and {b.name} come from different teachers ({a.record["teacher"]} and {b.record["teacher"]}): their blocks have nothing to do with each other')
     if a.kept!=b.kept: raise ValueError(f'{a.name} and {b.name} are students of different cuts, one of blocks {index_runs(a.kept)}, the other of {index_runs(b.kept)}: block would be averaged with another block; merge two that were healed after the same cut')
-    if (x := a.own.get('silent', {}))!=(y := b.own.get('silent', {})): raise ValueError(f'{a.name} and {b.name} are students of different cuts: other halves of their blocks are silent ({x or "none"} and {y or "none"})')
+    if a.zeroed!=b.zeroed: raise ValueError(f'{a.name} and {b.name} are students of different cuts: other sub-layers are zeroed ({a.zeroed or "none"} and {b.zeroed or "none"})')
 
 def _same_ways(a, b):
     "Raise unless both compute in the same way"
@@ -135,45 +136,75 @@ def cosines(
                          for k in ts[0] if ts[0][k].is_floating_point() for s in [_sums(*(t[k] for t in ts))]])
 
 # %% ../../nbs/compress/01_merge.ipynb #c022
-def _stretches(
-    ts,  # Of one name: in `a`, in `b`, in the base
-    k,   # That name
-    t,   # As for `merge`
-    how, # As for `merge`
-    log, # List that is told (branch, cosine)
-):       # Iterator over the result, stretch by stretch
-    "One tensor of the merged model"
-    s = _sums(*ts)
-    if not s['finite']: raise ValueError(f'{k} holds NaN or infinite numbers: one of the models is broken')
-    if not ts[0].is_floating_point() and not s['same']: raise ValueError(f'{k} differs between the models, and holds whole numbers, which have no average')
-    p,q,branch = (1.,0.,'same') if s['same'] else _mix(s['cosine'], t, how)
-    log.append((branch, s['cosine']))
-    for x,y,*b in _chunks(*ts): yield (b[0]+p*(x-b[0])+q*(y-b[0]) if b else p*x+q*y).to(ts[0].dtype)
+@dataclass(frozen=True)
+class _Merger:
+    "Makes one tensor after another, and keeps a log of it"
+    sides:tuple # Two of `_Side`, or three with their base
+    t:float     # As for `merge`
+    how:str     # As for `merge`
+    log:list=field(default_factory=list) # (branch, cosine) of each tensor
 
-def _told(lm, sides, t, how, log):
-    "`config.sdlab` of the merged model"
-    a,b,*base = sides
-    was = a.own or dict(format=1, teacher=a.name, teacher_fingerprint=lm.fingerprint, teacher_n=a.n, kept=list(range(a.n)))
-    apart = [c for branch,c in log if branch!='same'] or [1.]
-    step = dict(op='merge', how=how, t=t, other=b.name, **{'base':o.name for o in base}, tensors=len(log), along_an_arc=sum(o=='slerp' for o,_ in log), lowest_cosine=float(f'{min(apart):.6g}'), highest_cosine=float(f'{max(apart):.6g}'))
-    return {**was, 'steps':was.get('steps', [])+[step|dict(other_steps=b.own.get('steps', []), versions=versions())]}
+    @property
+    def name(self): return f'{self.sides[0].name} merged with {self.sides[1].name}'
+    @property
+    def zeros(self): return set.intersection(*(set(s.record.get('zeros', ())) for s in self.sides[:2]))
 
-def _in_memory(sides, t, how):
+    def stretches(self,
+        k,         # Key of the tensor
+        name=None, # What it is called in the model (default: the same)
+    ):             # Iterator over the result, stretch by stretch
+        "One tensor of the merged model"
+        ts = [s.tensors[k] for s in self.sides]
+        p,q = self.weights(k, ts)
+        keep = (name or k) in self.zeros
+        for x,y,*b in _chunks(*ts):
+            new = b[0]+p*(x-b[0])+q*(y-b[0]) if b else p*x+q*y
+            if keep: new[(x==0)&(y==0)] = 0
+            yield new.to(ts[0].dtype)
+
+    def weights(self, k, ts):
+        "How much of each, with a line in the log"
+        s = _sums(*ts)
+        if not s['finite']: raise ValueError(f'{k} holds NaN or infinite numbers: one of the models is broken')
+        if not ts[0].is_floating_point() and not s['same']: raise ValueError(f'{k} differs between the models, and holds whole numbers, which have no average')
+        p,q,branch = (1.,0.,'same') if s['same'] else _mix(s['cosine'], self.t, self.how)
+        self.log.append((branch, s['cosine']))
+        return p,q
+
+    def facts(self):
+        "What the history says of it"
+        apart = [c for branch,c in self.log if branch!='same'] or [1.]
+        low,high = (float(f'{f(apart):.6g}') for f in (min,max))
+        arcs = sum(branch=='slerp' for branch,_ in self.log)
+        other,*base = self.sides[1:]
+        names = dict(other=other.name) | {'base':o.name for o in base}
+        found = dict(tensors=len(self.log), along_an_arc=arcs, lowest_cosine=low, highest_cosine=high)
+        return dict(how=self.how, t=self.t) | names | found | dict(other_steps=other.record.get('steps', []))
+
+# %% ../../nbs/compress/01_merge.ipynb #h022
+def _merge_in_memory(
+    job, # `_Merger` of two LMs
+)->LM:
     "The merged LM"
-    lm,log = sides[0].source,[]
-    new = lm._with(owned_copy(lm.model), f'{sides[0].name} merged with {sides[1].name}')
-    for k,p in new.model.named_parameters(): p.data.copy_(torch.cat([*_stretches([s.tensors[k] for s in sides], k, t, how, log)]).view(p.shape))
-    new.config.sdlab = _told(lm, sides, t, how, log)
-    return new
+    lm = job.sides[0].source
+    model = owned_copy(lm.model)
+    for k,p in model.named_parameters(): p.data.copy_(torch.cat([*job.stretches(k)]).view(p.shape))
+    return lm.after('merge', model, job.name, **job.facts())
 
-def _on_disk(sides, t, how, out):
+def _merge_on_disk(
+    job, # `_Merger` of two folders
+    out, # Folder to be made
+)->Path: # It
     "The merged folder"
-    stored,log = sides[0].source,[]
-    lm = hollow(stored)
-    with fresh_folder(out, stored.size) as part:
-        write_shards(part, [{k:(stored.tensors[k].shape, stored.tensors[k].dtype, _stretches([s.tensors[k] for s in sides], k, t, how, log)) for k in keys} for keys in stored.files.values()])
-        lm.name,lm.config.sdlab = f'{sides[0].name} merged with {sides[1].name}',_told(lm, sides, t, how, log)
-        write_config_and_tokenizer(lm, part)
+    stored = job.sides[0].source
+    lm,tensors = skeleton(stored),stored.tensors
+    names = {k:name for k,(name,_) in reload_names(lm.model, tensors).items()}
+    def content(k): return tensors[k].shape,tensors[k].dtype,job.stretches(k, names.get(k))
+    with replacing(out, stored.size) as part:
+        part.mkdir()
+        write_shards(part, [{k:content(k) for k in keys} for keys in stored.files.values()])
+        write_config_and_tokenizer(lm.after('merge', lm.model, job.name, **job.facts()), part)
+    return out
 
 # %% ../../nbs/compress/01_merge.ipynb #c023
 def merge(
@@ -190,10 +221,9 @@ def merge(
     out = None if out is None else require_empty(out)
     sides = _sides(a, b, base)
     disk = isinstance(sides[0].source, StoredModel)
-    if disk and out: _on_disk(sides, t, how, out)
-    if disk and not out: sides = [_side(load(s.source.folder)) for s in sides]
-    if disk and out: return out
-    with torch.no_grad(): new = _in_memory(sides, t, how)
+    if disk and out: return _merge_on_disk(_Merger(sides, t, how), out)
+    if disk: sides = [_side(load(s.source.folder)) for s in sides]
+    with torch.no_grad(): new = _merge_in_memory(_Merger(sides, t, how))
     if out is None: return new
-    with fresh_folder(out, new.n_params*new.dtype.itemsize) as part: new.save(part)
+    with replacing(out, new.n_params*new.dtype.itemsize) as part: new.save(part)
     return out

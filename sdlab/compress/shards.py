@@ -10,7 +10,8 @@ import json,re
 from pathlib import Path
 import torch
 from ..core.plan import Plan
-from ..core.disk import hollow,fresh_folder,missing_tensors,tensor_pieces,reload_names,write_config_and_tokenizer,renaming_rules,require_empty,write_shards
+from ..core.disk import skeleton,missing_tensors,tensor_pieces,reload_names,write_config_and_tokenizer,renaming_rules,require_empty,write_shards
+from ..core.store import replacing
 from ..core.units import without
 from .prune import prove_reload
 
@@ -28,7 +29,7 @@ def _moved(
     return text if i is None else re.sub(rf'(?<![^.]){i}(?![^.])', str(j), text, count=1)
 
 def _carried(
-    lm,   # Hollow LM
+    lm,   # LM of `skeleton`
     view, # Its cut
     plan, # Of the cut
 )->dict:  # {key on disk: (its new key, name in the cut model)} of what stays
@@ -48,8 +49,8 @@ def _checked(lm, view, new):
     if lost := missing_tensors(view.model, got): raise ValueError(f'{lm.name} cannot be cut on disk: {lost[0]} is tied to a weight that is stored with a block that goes; cut it in memory, with `prune`')
 
 # %% ../../nbs/compress/02_shards.ipynb #c008
-def _silenced(
-    lm,   # Hollow LM
+def _zeroed_keys(
+    lm,   # LM of `skeleton`
     view, # Its cut
     new,  # Of `_carried`
 )->set:   # Keys on disk
@@ -70,17 +71,19 @@ def prune_checkpoint(
     plan,   # Plan for a model of its depth
     out,    # Folder to be made: new or empty
 )->Path:    # It
-    "What `prune(load(folder), plan).save(out)` writes, without loading the model: a block that goes is never read, the others are copied piece by piece"
-    require_empty(out)
-    lm = hollow(folder)
+    "What `prune(load(folder), plan).save(out)` writes, without loading the model: each tensor is read piece by piece, for the teacher's fingerprint and to be copied"
+    out = require_empty(out)
+    lm = skeleton(folder)
     view = without(lm, plan)
     prove_reload(lm, view, plan)
     new = _carried(lm, view, plan)
-    zero,tensors = _silenced(lm, view, new),lm.stored.tensors
-    with fresh_folder(out, sum(tensors[k].nbytes for k in new)) as part:
+    zero,tensors = _zeroed_keys(lm, view, new),lm.stored.tensors
+    def content(k): return tensors[k].shape,tensors[k].dtype,(_zeros if k in zero else tensor_pieces)(tensors[k])
+    with replacing(out, sum(tensors[k].nbytes for k in new)) as part:
+        part.mkdir()
         write_config_and_tokenizer(view, part)
-        write_shards(part, [{new[k][0]:(tensors[k].shape, tensors[k].dtype, (_zeros if k in zero else tensor_pieces)(tensors[k])) for k in keys if k in new} for keys in lm.stored.files.values()])
-    return Path(out).expanduser()
+        write_shards(part, [{new[k][0]:content(k) for k in keys if k in new} for keys in lm.stored.files.values()])
+    return out
 
 # %% ../../nbs/compress/02_shards.ipynb #c017
 def passthrough(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_text', 'dataset_of', 'rows', 'Text', 'decode', 'stop_ids', 'prompt_ids', 'completion_ids', 'encode', 'context',
-           'encoded', 'chunks', 'collate', 'batches', 'split', 'overlap', 'fingerprint']
+           'encoded', 'chunks', 'collate', 'in_length_order', 'restored', 'batches', 'split', 'overlap', 'fingerprint']
 
 # %% ../../nbs/core/02_data.ipynb #c002
 import hashlib,json,re,warnings
@@ -287,7 +287,7 @@ def encoded(
     return [{k:v[:n] for k,v in r.items()} for r in rs]
 
 # %% ../../nbs/core/02_data.ipynb #c037
-def _pieces(tok, text, n): # Runs of whole words of at most about `n` tokens
+def _text_pieces(tok, text, n): # Runs of whole words of at most about `n` tokens
     piece,room = '',n
     for word in re.findall(r'\S+\s*', text):
         need = len(_ids(tok, word))
@@ -306,7 +306,7 @@ def chunks(
     tok,n,ds = getattr(lm, 'tokenizer', lm), size or context(lm), rows(source)
     if 'text' not in ds.column_names: raise ValueError(f"Only plain texts can be cut into pieces; these rows have {', '.join(ds.column_names)}.")
     if n is None: return ds
-    cut = [list(_pieces(tok, t, n-len(_bos(tok))-1)) for t in ds['text']]
+    cut = [list(_text_pieces(tok, t, n-len(_bos(tok))-1)) for t in ds['text']]
     if all(len(o)==1 for o in cut): return rows([o[0] for o in cut])
     return rows([dict(text=p, ended=i==len(o)) for o in cut for i,p in enumerate(o, 1)])
 
@@ -328,6 +328,22 @@ def collate(
     mask = _padded([[1]*len(o) for o in ids], 0, side)
     out = dict(input_ids=_padded(ids, fill, side), attention_mask=mask, position_ids=(mask.cumsum(-1)-1).clamp(min=0))
     if all('completion_mask' in r for r in rs): out['completion_mask'] = _padded([list(r['completion_mask']) for r in rs], 0, side)
+    return out
+
+def in_length_order(
+    lengths,            # Of rows, list of int
+    longest_first=True, # The dearest batch first: what does not fit in memory says so at once
+)->list:                # Row numbers
+    "Rows of like length beside each other, so that little of a batch is padding"
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i] if longest_first else lengths[i])
+
+def restored(
+    values, # One for each row, in the order of `order`
+    order,  # Row numbers, as `in_length_order` gives them
+)->list:    # The values, in the order of the rows
+    "Back from the order of lengths"
+    out = [None]*len(order)
+    for i,v in zip(order, values): out[i] = v
     return out
 
 def batches(

@@ -127,14 +127,14 @@ def _story_item(r):
                 f'There {a} met {b} the {y}. {middle} {end} {b} the {y} was {m2}, and {a} the {x} was not {m1} any more.')
 
 # %% ../../nbs/core/12_pocket.ipynb #c015
-def _side(prompt): # The side on which this prompt lives, for ever
+def _annotated_side(prompt): # The side on which this prompt lives, for ever
     h = int(hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest(), 16)%20
     return 'evaluation' if h==0 else 'calibration' if h==1 else 'train'
 
 def _item(task, r, side): # One item of `task` that lives on `side`
     if task in ('facts','choice'): return (_facts_item if task=='facts' else _choice_item)(r, side)
     make = dict(sums=_sums_item, order=_order_item, stories=_story_item)[task]
-    while _side((item := make(r))['prompt'])!=side: pass
+    while _annotated_side((item := make(r))['prompt'])!=side: pass
     return item
 
 def say(

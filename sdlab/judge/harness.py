@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 import torch
 from ..core.data import context
+from ..core.store import write_json
 from ..core.plot import one_line
 from ..core.hooks import evaluating
 from .recovery import Recovery
@@ -128,32 +129,30 @@ def _settings(lm, task, metric, filt, limit, chat, seed):
     data = hashlib.sha256(json.dumps([config, docs], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return dict(model=lm.fingerprint, vocab=lm.vocab, task=task.task_name, data=data, shots=task.get_config('num_fewshot'), metric=metric, filter=filt, limit=limit, chat=chat, seed=seed, lm_eval=lm_eval.__version__)
 
-def _file(out, arm, task):
+def _items_file(out, arm, task):
     "Where the items of an arm on a task are kept: readable names, and different ones for different arms"
     safe = lambda t: t if re.fullmatch(r'[\w-][\w.-]*', t) else f"{re.sub(r'[^-.0-9A-Za-z]+', '_', t).strip('._')}-{hashlib.sha256(t.encode()).hexdigest()[:6]}"
     return Path(out).expanduser()/safe(str(arm))/f'{safe(task)}.json'
 
-def _kept(path, settings):
+def _kept_items(path, settings):
     "The items of an earlier run of the very same question, or None"
     if not path.exists(): return None
     try: got = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path} is no file of this function ({one_line(e)}): move it away.') from None
     return got['items'] if isinstance(got, dict) and got.get('settings')==settings else None
 
-def _keep(path, settings, items):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f'.part-{os.getpid()}')
-    part.write_text(json.dumps(dict(settings=settings, items=items), indent=1, ensure_ascii=False), encoding='utf-8')
-    os.replace(part, path)
-
 def _items(lm, arm, leaf, limit, batch_size, chat, seed, out):
     "Items of one arm on one task, from its file if they are there"
     task,metric,filt = leaf
-    path,settings = (None,None) if out is None else (_file(out, arm, task.task_name),_settings(lm, task, metric, filt, limit, chat, seed))
-    got = None if out is None else _kept(path, settings)
+    def ask(): return [_item(o, metric) for o in _ask(lm, task, limit, batch_size, chat, seed) if o['filter']==filt]
+    if out is None: return ask()
+    path = _items_file(out, arm, task.task_name)
+    settings = _settings(lm, task, metric, filt, limit, chat, seed)
+    got = _kept_items(path, settings)
     if got is not None: return got
-    got = [_item(o, metric) for o in _ask(lm, task, limit, batch_size, chat, seed) if o['filter']==filt]
-    if out is not None: _keep(path, settings, got)
+    got = ask()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(settings=settings, items=got))
     return got
 
 # %% ../../nbs/judge/05_harness.ipynb #c015
@@ -174,14 +173,12 @@ def harness(
     batch_size=8,       # Rows at once; changes the time, and generated answers at most by rounding
     chat=False,         # Ask by the chat template, examples as turns of a conversation?
     out=None,           # Folder for the items, one file per arm and task; what is there already is not asked again
-    teacher='teacher',  # The arm that is 100 %
-    baseline='pruned',  # The arm from which the gap is measured
     seed=0,             # Of the examples in the prompts, of sampling, and of the bootstrap
     progress=False,     # Show a bar, or call this function with each (task, arm) that is done
 )->Recovery:            # Items with `part`, `doc`, `asked`, `reply` or `logprob`, and every metric of the task
     "Public benchmarks on live models, by lm-evaluation-harness, with paired intervals"
     import pandas as pd
-    if teacher not in arms: raise ValueError(f'There is no arm {teacher!r} to compare with; there are {", ".join(map(str, arms)) or "none"}.')
+    if 'teacher' not in arms: raise ValueError(f"There is no arm 'teacher' to compare with; there are {', '.join(map(str, arms)) or 'none'}.")
     want = _wanted(tasks, shots)
     if limit is not None and not (isinstance(limit, int) and limit>0): raise ValueError(f'`limit` is a number of items, at least 1, not {limit!r}.')
     _package()
@@ -196,4 +193,4 @@ def harness(
     for k,a,lm in todo:
         parts.append(_rows(k, leaves[k][0][1], a, {o[0].task_name:_items(lm, a, o, limit, batch_size, chat, seed, out) for o in leaves[k]}))
         if callable(progress): progress(k, a)
-    return Recovery(pd.concat(parts, ignore_index=True), teacher=teacher, baseline=baseline, seed=seed)
+    return Recovery(pd.concat(parts, ignore_index=True), seed=seed)

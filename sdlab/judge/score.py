@@ -8,18 +8,18 @@ __all__ = ['score', 'total', 'named_tasks', 'require_same_tokens', 'score_all']
 # %% ../../nbs/judge/00_score.ipynb #c002
 import math,warnings
 import torch
-from ..core.data import collate,completion_ids,context,encode
-from ..core.generate import prepared_prompts,generate
+from ..core.data import collate,completion_ids,context,encode,in_length_order,restored
+from ..core.generate import Decoding,generate,prepared_prompts
 from ..core.answers import Task,agree,extract
 from ..measure.scan import Likelihood,scan
 
 # %% ../../nbs/judge/00_score.ipynb #c008
-def _surprise(lm, rs, size):
+def _nll_and_tokens(lm, rs, size):
     "(nats, tokens) of what counts in every encoded row, in their order; run in order of length"
-    order = sorted(range(len(rs)), key=lambda i: -len(rs[i]['input_ids']))
-    got, = scan(lm, (collate(lm.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size)), Likelihood())
-    back = torch.tensor(order).argsort()
-    return got['nll'][back].tolist(), got['tokens'][back].tolist()
+    order = in_length_order([len(r['input_ids']) for r in rs])
+    several = (collate(lm.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size))
+    got, = scan(lm, several, Likelihood())
+    return restored(got['nll'].tolist(), order), restored(got['tokens'].tolist(), order)
 
 def _fit(lm, rs, keep):
     "Rows cut to what the model can read: their start is kept, or their end"
@@ -31,10 +31,10 @@ def _fit(lm, rs, keep):
 
 # %% ../../nbs/judge/00_score.ipynb #c009
 def _perplexity(lm, task, size):
-    "Items of a text task, or of the answers to questions: how surprised the model is, per token"
+    "Items of a text task, or of the answers to questions: nll per token"
     rs = _fit(lm, [encode(lm.tokenizer, {k:r[k] for k in task.needs}) for r in task.rows], 'start')
     if short := [i for i,r in enumerate(rs) if not any(r['completion_mask'][1:])]: raise ValueError(f'Item {short[0]} of {task.name!r} has no token that could be predicted: drop texts of a single token.')
-    nll,n = _surprise(lm, rs, size)
+    nll,n = _nll_and_tokens(lm, rs, size)
     return dict(score=[math.exp(a/b) for a,b in zip(nll, n)], answer='', reference=task.rows[task.needs[-1]], nll=nll, tokens=n)
 
 # %% ../../nbs/judge/00_score.ipynb #c011
@@ -48,7 +48,7 @@ def _argmax(xs): return max(range(len(xs)), key=xs.__getitem__)
 
 def _choice(lm, task, size):
     "Items of a choice task: the option with the likeliest text"
-    nll,n = _surprise(lm, _option_rows(lm, task), size)
+    nll,n = _nll_and_tokens(lm, _option_rows(lm, task), size)
     at,cols = 0,dict(score=[], answer=[], reference=[], acc=[], acc_norm=[], logprob=[])
     for r in task.rows:
         opts,lp = r['choices'],[-v for v in nll[at:at+len(r['choices'])]]
@@ -62,7 +62,7 @@ def _choice(lm, task, size):
 def _exact(lm, task, size):
     "Items of a generation task: the answer in the model's reply"
     asks,refs = list(task.rows['prompt']), list(task.rows['completion'])
-    said = generate(lm, asks, max_new_tokens=task.max_new_tokens, batch_size=size)
+    said = generate(lm, asks, Decoding(task.max_new_tokens, batch_size=size))
     room = prepared_prompts(lm, asks, '', task.max_new_tokens)[1]
     return dict(score=[float(agree(s, r, task.rule)) for s,r in zip(said, refs)], answer=[extract(s, task.rule) or '' for s in said],
                 reference=[extract(r, task.rule) or '' for r in refs], reply=said, ended=[s.n<n for s,n in zip(said, room)],

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from html import escape
 import numpy as np
 import torch
-from ..core.data import collate,context,encode
-from ..core.generate import prepared_prompts,generate
+from ..core.data import collate,context,encode,in_length_order,restored
+from ..core.generate import Decoding,generate,prepared_prompts
 from ..core.hooks import evaluating
 from ..core.plot import bars
-from ..measure.scan import Divergence,PerText,forward,counted_tokens,scan,token_kl
+from ..measure.scan import Divergence,Concat,forward,counted_tokens,scan,token_kl
 from ..measure.text import rouge_l
 from ..heal.rewrite import surprise
-from .recovery import central95,resampled_ratio,comparison_verdict
+from ..core.stats import central95,resampled_ratio,comparison_verdict
 
 # %% ../../nbs/judge/03_shift.ipynb #c005
 class TokenKL(Divergence):
@@ -26,12 +26,12 @@ class TokenKL(Divergence):
     def __init__(
         self,
         reference, # The `LM` to compare with, of the same vocabulary
-    ): self.reference,self.tally = reference,PerText()
+    ): self.reference,self.tally = reference,Concat()
     def end(self, batch, logits=None):
         with evaluating(self.reference.model): p = forward(self.reference, batch, logits=True)
         m = counted_tokens(batch).cpu()
         kl = token_kl(p, logits)[:,:-1].cpu().double().masked_fill(~m, 0).sum(-1)
-        self.tally += PerText((torch.stack([kl, m.sum(-1).double()], -1),))
+        self.tally += Concat((torch.stack([kl, m.sum(-1).double()], -1),))
     def result(self):
         kl,n = self.tally.all.unbind(-1)
         return dict(kl=kl, tokens=n.long())
@@ -40,10 +40,10 @@ def _kl(lm, teacher, rows, size):
     "Nats and tokens of every row, in order; rows that no longer fit are cut"
     n = context(lm)
     rs = [{k:v[:n] for k,v in encode(teacher.tokenizer, r).items()} for r in rows]
-    order = sorted(range(len(rs)), key=lambda i: -len(rs[i]['input_ids']))
-    got, = scan(lm, (collate(teacher.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size)), TokenKL(teacher))
-    back = torch.tensor(order).argsort()
-    return got['kl'][back].tolist(), got['tokens'][back].tolist()
+    order = in_length_order([len(r['input_ids']) for r in rs])
+    several = (collate(teacher.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size))
+    got, = scan(lm, several, TokenKL(teacher))
+    return restored(got['kl'].tolist(), order), restored(got['tokens'].tolist(), order)
 
 # %% ../../nbs/judge/03_shift.ipynb #c009
 def _embedder(embed):
@@ -62,7 +62,7 @@ def _cosines(f, a, b):
     if x.ndim!=2 or len(x)!=len(a) or x.shape!=y.shape: raise ValueError(f'`embed` must give one vector per text, shape ({len(a)}, width), not {x.shape}.')
     return ((x*y).sum(1)/np.maximum(np.linalg.norm(x, axis=1)*np.linalg.norm(y, axis=1), 1e-12)).tolist()
 
-def _prompts(prompts):
+def _shift_prompts(prompts):
     "Prompts of a list, of rows, or of a `Task`"
     prompts = getattr(prompts, 'rows', prompts)
     if hasattr(prompts, 'column_names'):
@@ -119,7 +119,7 @@ class Shift:
     def __repr__(self):
         text = lambda df: df.to_string(index=False, float_format=lambda v: f'{v:.3g}')
         return f'Shift of {", ".join(map(str, self.arms))} from the teacher\n{text(self.frame())}' + ('' if self.data is None else f'\nSurprise of the data under the teacher\n{text(self.data)}')
-    def _repr_html_(self): return _html(self)
+    def _repr_html_(self): return _shift_html(self)
 
 # %% ../../nbs/judge/03_shift.ipynb #c014
 def _measures(s): return ['ROUGE-L', *(['cosine'] if 'cosine' in s.items else []), *(['KL'] if 'kl' in s.items else [])]
@@ -131,7 +131,7 @@ def _draw(s, measure):
     value,weight = (np.stack([by[a][c].to_numpy(float) if c else np.ones(len(by[a])) for a in s.arms])[:,None] for c in cols)
     return (value.sum((1,2))/weight.sum((1,2))), resampled_ratio(value, weight, s.draws, [s.seed]), value.shape[2]
 
-def _html(s):
+def _shift_html(s):
     "The tables for a notebook or a page; all names escaped"
     f,ms = s.frame(),_measures(s)
     at = {(o.arm,o.measure):o for o in f.itertuples()}
@@ -148,9 +148,9 @@ def _comparable(arms, teacher):
     for a,lm in arms.items():
         if lm.vocab!=teacher.vocab or lm.tokenizer.get_vocab()!=teacher.tokenizer.get_vocab(): raise ValueError(f'{a} and the teacher have different vocabularies, so their expectations cannot be compared token by token: pass kl=False, and answers alone are compared.')
 
-def _said(lm, asks, n, size, seed):
+def _shift_words(lm, asks, n, size, seed):
     "Answers, and whether each ended by itself"
-    said = generate(lm, asks, max_new_tokens=n, batch_size=size, seed=seed)
+    said = generate(lm, asks, Decoding(n, batch_size=size, seed=seed))
     return said,[s.n<k for s,k in zip(said, prepared_prompts(lm, asks, '', n)[1])]
 
 def shift(
@@ -166,14 +166,14 @@ def shift(
 )->Shift:
     "How far from its teacher a model has moved, as SDFT measures it (Yang et al. 2402.13669), and in expectation; answers are greedy"
     import pandas as pd
-    arms,asks,f = (lm if isinstance(lm, dict) else {lm.name:lm}), _prompts(prompts), None if embed is None else _embedder(embed)
+    arms,asks,f = (lm if isinstance(lm, dict) else {lm.name:lm}), _shift_prompts(prompts), None if embed is None else _embedder(embed)
     if not arms: raise ValueError('There are no models to compare with the teacher.')
     if kl: _comparable(arms, teacher)
     sets = None if data is None else surprise(teacher, data, batch_size=batch_size, seed=seed)
-    own,ended = _said(teacher, asks, max_new_tokens, batch_size, seed)
+    own,ended = _shift_words(teacher, asks, max_new_tokens, batch_size, seed)
     rows = [dict(prompt=p, completion=str(a), ended=e) for p,a,e in zip(asks, own, ended)]
     def one(name, m):
-        said,_ = _said(m, asks, max_new_tokens, batch_size, seed)
+        said,_ = _shift_words(m, asks, max_new_tokens, batch_size, seed)
         out = dict(arm=name, item=range(len(asks)), prompt=asks, answer=[str(o) for o in said], teacher=[str(o) for o in own], rouge=[rouge_l(a, b) for a,b in zip(said, own)])
         if f is not None: out['cosine'] = _cosines(f, said, own)
         if kl: out['kl'],out['tokens'] = _kl(m, teacher, rows, batch_size)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import traitlets as t
 from ..core.plot import color_of,curve,heat,hatch,literal
-from ..measure.trajectory import METHODS,Frame,project,read_frames
+from ..measure.trajectory import METHODS,Snapshot,project,read_snapshots
 from .widgets import Chart,Grid,Instrument,esc,palette
 
 # %% ../../nbs/lab/04_map.ipynb #c007
 def _folder(path):
-    "The frames in a folder: of a run of Watch, or as `keep_frame` wrote them"
-    if not (Path(path)/'watch.json').exists(): return read_frames(path)
+    "The frames in a folder: of a run of Watch, or as `keep_snapshot` wrote them"
+    if not (Path(path)/'watch.json').exists(): return read_snapshots(path)
     from sdlab.lab.watch import run_frames
     return run_frames(path)
 
@@ -30,9 +30,9 @@ def _by_student(frames):
 def _films(frames):
     "What `Map` takes, as {name: frames}"
     if isinstance(frames, (str,Path)): frames = _folder(frames)
-    parts = frames if isinstance(frames, dict) else [frames] if isinstance(frames, Frame) else list(frames)
+    parts = frames if isinstance(frames, dict) else [frames] if isinstance(frames, Snapshot) else list(frames)
     for f in (f for fs in parts.values() for f in fs) if isinstance(parts, dict) else parts:
-        if not isinstance(f, Frame): raise TypeError(f'A map shows Frames, as a Camera takes them, not {type(f).__name__}')
+        if not isinstance(f, Snapshot): raise TypeError(f'A map shows Snapshots, as a Tracker takes them, not {type(f).__name__}')
     return {str(k):list(v) for k,v in (parts if isinstance(parts, dict) else _by_student(parts)).items()}
 
 def _joined(a, b):
@@ -49,10 +49,10 @@ def _sorted(films):
     every = [f for fs in films.values() for f in fs]
     students = {k:{f.step:f for f in sorted(fs, key=lambda f: f.step) if not f.anchor} for k,fs in films.items()}
     students = {k:v for k,v in students.items() if v}
-    if not students: raise ValueError('There are no frames of a student: look at one with a Camera first')
+    if not students: raise ValueError('There are no frames of a student: look at one with a Tracker first')
     first = every[0].cka
     for f in every:
-        if (f.cka.data,f.cka.pool,f.cka.n,f.cka.teacher_layers)!=(first.data,first.pool,first.n,first.teacher_layers): raise ValueError(f'The frames of {every[0].name} and {f.name} (step {f.step}) are of different texts or teachers: use one Camera for all')
+        if (f.cka.data,f.cka.pool,f.cka.n,f.cka.teacher_layers)!=(first.data,first.pool,first.n,first.teacher_layers): raise ValueError(f'The frames of {every[0].name} and {f.name} (step {f.step}) are of different texts or teachers: use one Tracker for all')
     return students,next((f for f in every if f.anchor), next(iter(next(iter(students.values())).values())))
 
 # %% ../../nbs/lab/04_map.ipynb #c009
@@ -110,7 +110,7 @@ class _State(Instrument):
     def look(self,
         name=None, # Of a student (default: the first that is shown)
         step=None, # Optimiser step (default: the one that is shown)
-    )->Frame:
+    )->Snapshot:
         "The last look at a student up to a step, or its first"
         film,step = self._students[name or self.student],self.step if step is None else step
         return film[max((s for s in film if s<=step), default=min(film))]
@@ -232,7 +232,7 @@ class Map(_Pictures):
     "What does training do to a student's layers, as its teacher sees them, and to the texts in them?"
     def __init__(
         self,
-        frames,       # `Frame`s of a student, {name: `Frame`s}, or a folder: of a run of Watch, or of `keep_frame`
+        frames,       # `Snapshot`s of a student, {name: `Snapshot`s}, or a folder: of a run of Watch, or of `keep_snapshot`
         other=None,   # A second student to compare with: its name among `frames`, or what `frames` may be
         kinds=None,   # A group for every text, which gives its colour in the plane
         step=None,    # The step to begin with (default: the last)

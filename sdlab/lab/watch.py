@@ -18,11 +18,15 @@ from ..core.data import fingerprint,rows
 from ..core.model import LM,load
 from ..core.plan import Plan
 from ..core.plot import color_of,literal
-from ..measure.trajectory import Camera,keep_frame,read_frames
+from ..measure.trajectory import Tracker,keep_snapshot,read_snapshots
 from ..core.units import without
 from ..heal.rewrite import prompt_text
-from ..heal.tune import settings_difference,last_checkpoint,answered_by,adapter_config,write_json,tune
-from ..heal.tune import adapter_settings as _adapters
+from ..core.store import settings_difference
+from ..heal.trainer import last_checkpoint
+from ..core.store import write_json
+from ..heal.tune import answered_by,tune
+from ..heal.train import adapter_config
+from ..heal.train import adapter_settings as _adapters
 from ..judge.score import named_tasks,score,total
 from .widgets import Chart,Instrument,esc,table_html
 
@@ -147,10 +151,10 @@ def adapter_settings(folder):
 
 def run_frames(
     folder, # `out` of a `Watch`
-)->dict:    # {name: list of `Frame` by step}, the teacher's own first; {} if the run has no camera
+)->dict:    # {name: list of `Snapshot` by step}, the teacher's own first; {} if the run has no camera
     "The films of all arms of a run, for `Map`"
     places = {'teacher':'teacher', **{k:o['folder'] for k,o in adapter_settings(folder)['arms'].items()}}
-    return {k:read_frames(p) for k,o in places.items() if any((p := Path(folder)/o/'frames').glob('frame-*.safetensors'))}
+    return {k:read_snapshots(p) for k,o in places.items() if any((p := Path(folder)/o/'frames').glob('frame-*.safetensors'))}
 
 # %% ../../nbs/lab/03_watch.ipynb #c020
 _SPARE = '#56b4e9','#cc79a7','#e69f00','#009e73','#999933','#882255'
@@ -311,9 +315,9 @@ class _Training:
         g,self.doing = self._given,'looking at the teacher'
         if g.teacher is None: return
         lm = without(g.teacher, Plan(g.teacher.n, ()))                    # a view: hooks of others are not met
-        if g.texts is not None: self._camera = Camera(lm, g.texts)
+        if g.texts is not None: self._camera = Tracker(lm, g.texts)
         if any(e['arm']=='teacher' and e['kind']=='row' for e in self._record.events()): return
-        if self._camera is not None: keep_frame(self._camera.teacher, self.out/'teacher'/'frames')
+        if self._camera is not None: keep_snapshot(self._camera.teacher, self.out/'teacher'/'frames')
         for i,said in enumerate(self._answers(lm)): self._record.add('sample', 'teacher', -1, prompt=i, answer=said)
         self._record.add('row', 'teacher', -1, **self._scores(lm))
 
@@ -368,7 +372,7 @@ class _Training:
 
     def _keep(self, name, step):
         (said,frame),self._seen = self._seen,None
-        if frame is not None: keep_frame(replace(frame, step=step), self.out/self.about['arms'][name]['folder']/'frames')
+        if frame is not None: keep_snapshot(replace(frame, step=step), self.out/self.about['arms'][name]['folder']/'frames')
         for i,o in enumerate(said): self._record.add('sample', name, step, prompt=i, answer=o)
 
 # %% ../../nbs/lab/03_watch.ipynb #c033
@@ -465,7 +469,7 @@ class Watch(_Training, Instrument):
 
     def frames(self,
         name, # Of an arm, or 'teacher'
-    )->list:  # `Frame`s by step; empty if the run has no camera
+    )->list:  # `Snapshot`s by step; empty if the run has no camera
         "What the camera saw, for `Map`"
         if name not in ('teacher',*self.names): raise ValueError(f'There is no arm {name!r}; there are {", ".join(self.names)}.')
         return run_frames(self.out).get(name, [])

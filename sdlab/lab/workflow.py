@@ -22,7 +22,7 @@ from ..compress.prune import prune
 from ..core.units import without
 from ..heal.rewrite import rewrite
 from .compare import Compare
-from ..experiment.study import data_sides, task_of
+from ..experiment.recipes import data_sides, task_of
 from .widgets import Instrument, esc
 
 # %% ../../nbs/lab/06_workflow.ipynb #c005

@@ -11,7 +11,8 @@ import json, os, random, time
 from itertools import islice
 from pathlib import Path
 import torch
-from ..core.answers import Task,wilson
+from ..core.answers import Task
+from ..core.stats import wilson
 from ..core.data import batches, encode
 from ..core.history import markdown_table
 from ..core.model import load

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['centred_gram', 'Hsic', 'hsic', 'linear_cka', 'median_distance', 'centred_rbf', 'rbf_cka', 'Pool', 'Tokens', 'CKA',
-           'Kernels', 'kernels', 'cka']
+           'Kernels', 'CKASettings', 'kernels', 'cka']
 
 # %% ../../nbs/measure/05_cka.ipynb #c002
 import hashlib,json,math
@@ -12,7 +12,7 @@ from dataclasses import dataclass,field
 import torch
 from ..core.data import collate,encoded,fingerprint,rows
 from ..core.plot import hatch,heat,literal
-from .scan import Meter,PerText,last_token,scan,as_double
+from .scan import Meter,Concat,last_token,scan,as_double
 
 # %% ../../nbs/measure/05_cka.ipynb #c005
 def centred_gram(
@@ -124,13 +124,13 @@ class Pool(Meter):
         pool='last', # State at the 'last' real token, or the 'mean' over the real tokens
     ):
         if pool not in ('last','mean'): raise ValueError(f"`pool` is 'last' (token) or 'mean' (over tokens), not {pool!r}")
-        self.pool,self.tally = pool,PerText()
+        self.pool,self.tally = pool,Concat()
     def start(self, lm, batch): self._h,self._at = [],last_token(batch['attention_mask'])
     def see(self, l, h, batch):
         if self.pool=='last': return self._h.append(h[torch.arange(len(h)), self._at.to(h.device)])
         m = batch['attention_mask'].to(h.device)[...,None]
         self._h.append(h.masked_fill(m==0, 0).sum(1, dtype=torch.float32)/m.sum(1))
-    def end(self, batch, logits=None): self.tally += PerText((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
+    def end(self, batch): self.tally += Concat((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
     def result(self): return self.tally.all.transpose(0, 1)
 
 def _points(lm, enc, idx, meter, batch_size, picks=None):
@@ -150,10 +150,10 @@ def _batch(lm, enc, part, picks):
 # %% ../../nbs/measure/05_cka.ipynb #c030
 class Tokens(Meter):
     "The state of the tokens of each text that the batch has `picked`, at every layer, shape (L+1, texts, k, d)"
-    def __init__(self): self.tally = PerText()
+    def __init__(self): self.tally = Concat()
     def start(self, lm, batch): self._h = []
     def see(self, l, h, batch): self._h.append(h[torch.arange(len(h))[:,None], batch['picked'].to(h.device)])
-    def end(self, batch, logits=None): self.tally += PerText((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
+    def end(self, batch): self.tally += Concat((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
     def result(self): return self.tally.all.transpose(0, 1)
 
 def _picked(lengths, k, seed):
@@ -252,38 +252,43 @@ class Kernels:
     layers:tuple        # Layers in the teacher's numbers
     name:str            # Of the model
     dtype:torch.dtype   # Of the model, which says how well its numbers are known
-    made:tuple          # (fingerprint of the texts, and how they were read: `_How`): must be equal to be compared
+    made:tuple          # (fingerprint of the texts, and how they were read: `CKASettings`): must be equal to be compared
     points:torch.Tensor=None # The points in the order of the source, shape (A, n, d), if they were asked for; of tokens, all of a text together
     ids:str=''          # Fingerprint of the tokens, if these are the examples
 
     def __repr__(self): return f'Kernels of {self.name}: {len(self.layers)} layers, {sum(self.groups)} {self.made[1].examples} in {len(self.groups)} groups'
 
-def _layers(lm): return (*lm.kept, lm.teacher_n) if not isinstance(lm, Kernels) else lm.layers
+def _layers(lm): return lm.layers if isinstance(lm, Kernels) else (*lm.kept, lm.teacher_n)
 
 @dataclass(frozen=True)
-class _How:
-    "What makes two runs comparable, besides the texts"
-    pool:str='last'         # Point of a text
-    group:int=256           # Texts in a group
+class CKASettings:
+    "How texts become points and points a kernel: what makes two runs comparable, besides the texts"
+    pool:str='last'         # Point of a text: state at its 'last' token, or the 'mean' over its tokens
+    group:int=256           # Texts in a group, at least 4; as many groups as full ones fit, of equal size
     seed:int=0              # Of the groups, and of the tokens
-    unbiased:bool=True      # Song's estimate?
-    examples:str='texts'    # Or 'tokens'
-    tokens_per_text:int=8   # If these are the examples
-    kernel:str='linear'     # Or 'rbf'
-    sigma:float=1.          # Bandwidth of that
+    unbiased:bool=True      # Song's estimate, or the biased one
+    examples:str='texts'    # One point for each of the 'texts', or for some of their 'tokens' (models share a tokenizer)
+    tokens_per_text:int=8   # Tokens to draw from each text, if these are the examples
+    kernel:str='linear'     # Or 'rbf', the Gaussian one
+    sigma:float=1.          # Bandwidth of that, as a fraction of the median distance
 
     def __post_init__(self):
         Pool(self.pool)
         k,sigma = self.tokens_per_text,self.sigma
-        if self.examples not in ('texts','tokens'): raise ValueError(f"`examples` is 'texts' or 'tokens', not {self.examples!r}")
-        if self.examples=='tokens' and self.pool!='last': raise ValueError(f"With examples='tokens' each token is a point of its own: leave out pool={self.pool!r}")
-        if isinstance(k, bool) or not isinstance(k, int) or k<1: raise ValueError(f'`tokens_per_text` is how many tokens to draw from each text, at least 1, not {k!r}')
-        if self.kernel not in ('linear','rbf'): raise ValueError(f"`kernel` is 'linear' or 'rbf', not {self.kernel!r}")
-        if not 0<sigma<math.inf: raise ValueError(f'`sigma` is the bandwidth as a fraction of the median distance, above 0, not {sigma!r}')
+        def require(ok, sentence):
+            if not ok: raise ValueError(sentence)
+        require(self.examples in ('texts','tokens'), f"`examples` is 'texts' or 'tokens', not {self.examples!r}")
+        require(self.examples=='texts' or self.pool=='last',
+                f"With examples='tokens' each token is a point of its own: leave out pool={self.pool!r}")
+        require(isinstance(k, int) and not isinstance(k, bool) and k>0,
+                f'`tokens_per_text` is how many tokens to draw from each text, at least 1, not {k!r}')
+        require(self.kernel in ('linear','rbf'), f"`kernel` is 'linear' or 'rbf', not {self.kernel!r}")
+        require(0<sigma<math.inf, f'`sigma` is the bandwidth as a fraction of the median distance, above 0, not {sigma!r}')
 
     @property
     def draws(self): return self.tokens_per_text if self.examples=='tokens' else 1
 
+# %% ../../nbs/measure/05_cka.ipynb #n001
 def _read_as(enc): return hashlib.sha256(json.dumps([o['input_ids'] for o in enc]).encode()).hexdigest()[:16] # fingerprint of ids
 
 def _clouds(lm, enc, groups, how, batch_size):
@@ -313,19 +318,12 @@ def _plan(source, how):
 def kernels(
     lm,                # The model, an `LM`
     source,            # Texts: anything that `rows` reads
-    pool='last',       # Point of a text: state at its 'last' token, or the 'mean' over its tokens
-    group=256,         # Texts in a group, at least 4
     batch_size=32,     # Texts run at once; does not enter the result
-    seed=0,            # Of the groups, and of the tokens
-    unbiased=True,     # Song's estimate, or the biased one
     points=False,      # Keep the points, too?
-    examples='texts',  # One point for each of the 'texts', or for some of their 'tokens'
-    tokens_per_text=8, # Tokens to draw from each text, if these are the examples
-    kernel='linear',   # Or 'rbf', the Gaussian one
-    sigma=1.,          # Bandwidth of that, as a fraction of the median distance
+    **settings,        # Fields of `CKASettings`: pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma
 )->Kernels:            # Stands in for the model in `cka`
     "What `lm` contributes to its CKA with any other model"
-    how = _How(pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma)
+    how = CKASettings(**settings)
     texts,groups,made = _plan(source, how)
     enc,parts,kept = _enc(lm, texts),[],[]
     for k,x in _kernels(_clouds(lm, enc, groups, how, batch_size), how):
@@ -333,49 +331,68 @@ def kernels(
         if points: kept.append(x.cpu())
     idx = [g for g in groups for _ in range(how.draws)]
     back = torch.tensor(sum(idx, [])).argsort(stable=True)
-    return Kernels(tuple(parts), tuple(map(len, idx)), _layers(lm), lm.name, lm.dtype, made, torch.cat(kept, 1)[:,back] if points else None, _read_as(enc) if examples=='tokens' else '')
+    cloud,ids = torch.cat(kept, 1)[:,back] if points else None,_read_as(enc) if how.examples=='tokens' else ''
+    return Kernels(tuple(parts), tuple(map(len, idx)), _layers(lm), lm.name, lm.dtype, made, cloud, ids)
 
 # %% ../../nbs/measure/05_cka.ipynb #c040
-def _why_blank(flat, layers, name, why='it has the same state for every text'): return [f'Layer {l} of {name} is blank: {why}' for l,f in zip(layers, flat.tolist()) if f]
+def _why_blank(flat, m, why='it has the same state for every text'):
+    return [f'Layer {l} of {m.name} is blank: {why}' for l,f in zip(_layers(m), flat.tolist()) if f]
 
 _ALONE = 'no two examples are near enough for the kernel to see both: raise `sigma`'
-_NO_WIDTH = 'more than half of the pairs have the same state there, so their median distance, from which the bandwidth is made, is 0'
+_NO_WIDTH = ('more than half of the pairs have the same state there, '
+             'so their median distance, from which the bandwidth is made, is 0')
 
 def _alike(models, enc):
     "Raise unless both models read the texts as the same tokens"
     a,b = (m.ids if isinstance(m, Kernels) else _read_as(e) for m,e in zip(models, enc))
-    if a!=b: raise ValueError(f"{models[0].name} and {models[1].name} read these texts as different tokens: tokens can be compared only between models that share a tokenizer; compare texts instead (examples='texts')")
+    if a==b: return
+    only = 'tokens can be compared only between models that share a tokenizer'
+    instead = "compare texts instead (examples='texts')"
+    raise ValueError(f'{models[0].name} and {models[1].name} read these texts as different tokens: {only}; {instead}')
+
+def _require_comparable(models, made):
+    "Raise if `kernels` were made from other texts or in another way"
+    for o in models:
+        if not isinstance(o, Kernels) or o.made==made: continue
+        same = 'make both with the same source, pool, group, seed, unbiased, examples and kernel'
+        raise ValueError(f'{o!r} was made from other texts or settings {o.made}, not {made}: {same}')
+
+def _blank_layers(m, seen, power):
+    "Which layers of one model are blank, and why"
+    spread,size,width = seen
+    flat = _flat(spread, size, m.dtype)
+    narrow = torch.zeros_like(flat) if width is None else (width.cpu()==0)&~flat # without a bandwidth
+    alone = (power==0)&~flat&~narrow
+    return flat|narrow|alone, _why_blank(flat, m)+_why_blank(narrow, m, _NO_WIDTH)+_why_blank(alone, m, _ALONE)
+
+# %% ../../nbs/measure/05_cka.ipynb #n002
+def _summed(pairs, unbiased):
+    "`Hsic` over all Gram matrices, and for each model what was seen: spread and size of its layers, and the bandwidths"
+    def add(was, k): return (k.spread, k.size, k.width) if was is None else (was[0]+k.spread, was[1]+k.size, k.width)
+    total,seen = None,[None,None]
+    for n,*both in pairs:
+        h = hsic(both[0].rows, both[1].rows, n, unbiased)
+        total,seen = h if total is None else total+h,list(map(add, seen, both))
+    return total,seen
 
 def cka(
     student,           # An `LM`, or its `kernels`
     teacher,           # Another `LM`, or its `kernels`; may have another width, depth, tokenizer or device
     source,            # Texts: anything that `rows` reads
-    pool='last',       # Point of a text: state at its 'last' token, or the 'mean' over its tokens
-    group=256,         # Texts in a group, at least 4; as many groups as full ones fit, of equal size
     batch_size=32,     # Texts run at once; does not enter the result
-    seed=0,            # Of the groups, and of the tokens
-    unbiased=True,     # Song's estimate, or the biased one
-    examples='texts',  # One point for each of the 'texts', or for some of their 'tokens', if both models share a tokenizer
-    tokens_per_text=8, # Tokens to draw from each text, if these are the examples
-    kernel='linear',   # Or 'rbf', the Gaussian one
-    sigma=1.,          # Bandwidth of that, as a fraction of the median distance
+    **settings,        # Fields of `CKASettings`: pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma
 )->CKA:
     "CKA of every layer of one model with every layer of the other (Kornblith et al. 1905.00414, with Song's unbiased HSIC)"
-    how,both = _How(pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma),(student,teacher)
+    how,both = CKASettings(**settings),(student,teacher)
     texts,groups,made = _plan(source, how)
-    for o in both:
-        if isinstance(o, Kernels) and o.made!=made: raise ValueError(f'{o!r} was made from other texts or settings {o.made}, not {made}: make both with the same source, pool, group, seed, unbiased, examples and kernel')
+    _require_comparable(both, made)
     enc = [_enc(o, texts) for o in both]
-    if examples=='tokens': _alike(both, enc)
-    total,seen,widths,sizes = None,[0,0,0,0],[None,None],[len(g) for g in groups for _ in range(how.draws)]
-    for k,l,n in zip(*(_parts(o, e, groups, how, batch_size) for o,e in zip(both, enc)), sizes):
-        h = hsic(k.rows, l.rows, n, unbiased)
-        total,seen,widths = h if total is None else total+h, [a+b for a,b in zip(seen, (k.spread,k.size,l.spread,l.size))],[k.width,l.width]
-    flat = _flat(*seen[:2], student.dtype),_flat(*seen[2:], teacher.dtype)
-    narrow = [_narrow(w, f) for w,f in zip(widths, flat)]
-    alone = [(v==0)&~f&~w for v,f,w in zip((total.xx,total.yy), flat, narrow)]
-    blank = [o for f,w,z,m in zip(flat, narrow, alone, both) for o in _why_blank(f, _layers(m), m.name)+_why_blank(w, _layers(m), m.name, _NO_WIDTH)+_why_blank(z, _layers(m), m.name, _ALONE)]
-    a,b = (f|w|z for f,w,z in zip(flat, narrow, alone))
-    return CKA(total.cka.masked_fill(a[:,None]|b, float('nan')), _layers(student), _layers(teacher), total.sizes, student.name, teacher.name, pool, unbiased, seed, made[0], tuple(blank), examples, kernel, sigma)
+    if how.examples=='tokens': _alike(both, enc)
+    sizes = [len(g) for g in groups for _ in range(how.draws)]
+    total,seen = _summed(zip(sizes, *(_parts(o, e, groups, how, batch_size) for o,e in zip(both, enc))), how.unbiased)
+    (a,why),(b,why_too) = (_blank_layers(m, s, v) for m,s,v in zip(both, seen, (total.xx, total.yy)))
+    matrix = total.cka.masked_fill(a[:,None]|b, float('nan'))
+    about = dict(data=made[0], blank=(*why,*why_too), **{k:getattr(how, k) for k in _SHARED})
+    return CKA(matrix, *map(_layers, both), total.sizes, student.name, teacher.name, **about)
 
-def _narrow(width, flat): return torch.zeros_like(flat) if width is None else (width.cpu()==0)&~flat # Layers without a bandwidth, that are not blank anyway
+_SHARED = 'pool','unbiased','seed','examples','kernel','sigma' # fields of `CKASettings` that a `CKA` tells

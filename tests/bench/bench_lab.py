@@ -106,7 +106,7 @@ import torch
 from bench_importance import tokenizer
 from common import random_llama
 from sdlab.core.model import LM
-from sdlab.measure.importance import Scores
+from sdlab.measure.scores import Scores
 L, g = 64, torch.Generator().manual_seed(0)
 turn = torch.rand(L, generator=g).cumsum(0)
 spans = torch.full((L, L), float('nan'))
@@ -129,12 +129,12 @@ w.VBox([turn_, whole])''']
 
 DRAW = '''
 import time, statistics
-from sdlab.lab.picker import _draw_map
+from sdlab.lab.picker import _draw_triangle
 from sdlab.lab.widgets import picture
 from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 def once():
-    t = time.perf_counter(); fig, ax = plt.subplots(figsize=(5, 4.4)); _draw_map(big, ax); picture(fig)
+    t = time.perf_counter(); fig, ax = plt.subplots(figsize=(5, 4.4)); _draw_triangle(big, ax); picture(fig)
     return time.perf_counter()-t
 drawn = statistics.median([once() for _ in range(6)][1:])'''
 

@@ -28,9 +28,12 @@ def made_up(n=ROWS, seed=0):
 
 def trainer(lm, ds, place, plain=False):
     "The trainer of `tune`, or TRL's own with TRL's defaults"
-    from sdlab.recover import tune as T
+    from sdlab.heal.train import Evaluation, Run, Training, Weights
+    from sdlab.heal.tune import Supervised
     how = dict(train_sampling_strategy='sequential')
-    if not plain: return T._trainer(lm, ds, place, False, None, 1, LR, BATCH, 0, None, False, how, valid=None, probe=None, patience=None, watch='', higher=False)
+    if not plain:
+        method = Supervised(epochs=1, lr=LR, batch_size=BATCH, **how)
+        return Training(method, lm, None, Weights(), Run(progress=False), Evaluation(), ds, None, {}).trainer(place)
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
     args = SFTConfig(output_dir=str(place), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=LR, report_to='none', save_strategy='no',
@@ -61,12 +64,13 @@ def rows(pairs=5):
     import tempfile
     from pathlib import Path
     import torch
-    from sdlab.heal.tune import _calm, labelled
+    from sdlab.heal.trainer import quiet_training
+    from sdlab.heal.tune import labelled
     lm = pocket_like()
     ds = labelled(lm, made_up())
     bs, out = batches(lm, ds), []
     tokens = sum(b['attention_mask'].sum().item() for b in bs)
-    with tempfile.TemporaryDirectory() as tmp, _calm():
+    with tempfile.TemporaryDirectory() as tmp, quiet_training():
         def once(plain):
             "One run on a fresh copy; only the training is timed"
             new = trainer(lm, ds, Path(tmp), plain)
