@@ -148,7 +148,7 @@ def test_state_in_pictures_out():
     m = Map(two())
     assert (m.students, m.steps, m.step, m.layer, m.depth)==(['a', 'b'], [0, 5, 10, 20], 20, 6, 6)
     m.step = 5
-    assert m.look('a').step==0 and m.look('b').step==5      # its last look up to the step
+    assert m.snapshot('a').step==0 and m.snapshot('b').step==5      # its last look up to the step
     for mode in ('one', 'both', 'difference'):
         for layer in (0, 3, 6):                             # 3 is lost
             m.mode, m.layer = mode, layer
@@ -281,7 +281,7 @@ def test_errors_are_shown_and_can_be_raised():
             with pytest.raises(ValueError, match=say): setattr(m, k, v)
 
 def test_what_is_no_film_is_refused():
-    for bad, kind, say in (([], ValueError, 'no frames of a student'), ({'teacher': [TEACHER]}, ValueError, 'no frames of a student'), ([3], TypeError, 'not int'), ('no/such/place', FileNotFoundError, 'no folder')):
+    for bad, kind, say in (([], ValueError, 'no snapshots of a student'), ({'teacher': [TEACHER]}, ValueError, 'no snapshots of a student'), ([3], TypeError, 'not int'), ('no/such/place', FileNotFoundError, 'no folder')):
         with pytest.raises(kind, match=say): Map(bad)
     with pytest.raises(ValueError, match='no student .c.'): Map(two(), 'c')
     with pytest.raises(ValueError, match='different texts or teachers'): Map(two(), film('c', data='others'))

@@ -167,7 +167,7 @@ def test_importance_without_doubles_on_the_device(lm, part, monkeypatch):
     want = importance(lm, bs, part=part)
     def refused(self): raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
     monkeypatch.setattr(torch.Tensor, 'double', refused)
-    for room in ('importance', 'stream'): monkeypatch.setattr(f'sdlab.measure.{room}.as_double', lambda x: x.cpu().to(torch.float64))
+    for room in ('importance', 'scan'): monkeypatch.setattr(f'sdlab.measure.{room}.as_double', lambda x: x.cpu().to(torch.float64))
     got = importance(lm, bs, part=part)
     monkeypatch.undo()
     for k in want: assert torch.equal(got[k].values.nan_to_num(), want[k].values.nan_to_num())

@@ -226,7 +226,7 @@ def walk(o):
     for c in getattr(o, 'children', ()): yield from walk(c)
 
 def find(reader, **traits): return next(o for o in walk(reader.widget) if all(getattr(o, k, None)==v for k,v in traits.items()))
-def sheet(reader): return next(o for o in walk(reader.widget) if type(o).__name__=='_Page')
+def sheet(reader): return next(o for o in walk(reader.widget) if type(o).__name__=='_RowPage')
 
 def test_controls_and_state_follow_each_other(data):
     with Reader(data) as reader:

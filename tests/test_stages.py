@@ -57,7 +57,7 @@ def test_the_same_plan_rows_items_and_map_as_in_python(inside):
     assert Plan.from_json(Path('runs/plan.json').read_text())==plan
     cut = load('runs/cut')
     assert cut.fingerprint==prune(teacher, plan).fingerprint and cut.kept==plan.keep
-    data = rewrite(teacher, pocket_rows('sums', 12, voice=3), max_new_tokens=64, progress=False)
+    data = rewrite(teacher, pocket_rows('sums', 12, voice=3), decoding=64, progress=False)
     assert list(rows('runs/data/data.jsonl'))==list(data)
     tasks = {k:t for k,t in pocket_tasks(6).items() if k in ('facts', 'stories')}
     arms = {'teacher': teacher, 'pruned': cut, 'self-data': load('runs/healed')}
@@ -142,11 +142,11 @@ def test_nothing_is_written_over(inside, capsys):
     Path('two.json').write_text('{"n": 12, "drop": {"block": [1]}}')
     refused(capsys, 'sdlab prune --plan two.json', 'holds another stage', '--fresh')
     refused(capsys, 'sdlab rewrite --n 13', 'holds another stage')
-    refused(capsys, 'sdlab tune --lr 1', 'lr is 0.0005 there and 1.0 here')
+    refused(capsys, 'sdlab tune --lr 1', 'lr was 0.0005 and is now 1.0')
     refused(capsys, 'sdlab tune --out runs/cut', 'is what this stage reads')
     refused(capsys, 'sdlab cka --out runs/healed', 'is what this stage reads')
     refused(capsys, 'sdlab recovery --n 7 --tasks facts', 'holds another stage')
-    refused(capsys, 'sdlab cka --seed 1', 'seed is 0 there and 1 here')
+    refused(capsys, 'sdlab cka --seed 1', 'seed was 0 and is now 1')
     Path('mine').mkdir(exist_ok=True), Path('mine/thesis.txt').write_text('all of it')
     for line in ('prune', 'rewrite --n 4', 'tune', 'cka'): refused(capsys, f'sdlab {line} --out mine --fresh', 'is no stage')
     refused(capsys, 'sdlab distances --out mine --plan p.json --fresh', 'is a folder')
@@ -160,16 +160,16 @@ def test_fresh_throws_away_one_stage_only(inside, capsys):
 
 def test_an_interrupted_rewriting_goes_on(tmp_path, monkeypatch, capsys, road):
     "Ctrl-C after the first answers: 130, what is done is kept, and the end is as if nothing had happened"
-    import sdlab.heal.rewrite as R
+    from sdlab.core.store import Log
     monkeypatch.chdir(tmp_path)
-    real, calls = R._append, []
-    def deadly(f, recs):
-        real(f, recs), calls.append(recs)
+    real, calls = Log.append, []
+    def deadly(log, recs):
+        real(log, recs), calls.append(recs)
         if len(calls)==4: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(R, '_append', deadly)
+        m.setattr(Log, 'append', deadly)
         assert type_in('sdlab rewrite --n 12 --max-new-tokens 64 --batch-size 2')==130
-    assert 'goes on from there' in capsys.readouterr().err and not Path('runs/data/data.jsonl').exists() and list(Path('runs/data/ledger').glob('*.jsonl'))
+    assert 'goes on from there' in capsys.readouterr().err and not Path('runs/data/data.jsonl').exists() and list(Path('runs/data/run').glob('*.jsonl'))
     assert type_in('sdlab rewrite --n 12 --max-new-tokens 64')==0
     assert list(rows('runs/data/data.jsonl'))==list(rows(road[0]/'runs'/'data'/'data.jsonl'))
 
@@ -191,7 +191,7 @@ def test_in_a_real_shell(road):
     if not Path(exe).exists(): pytest.skip('the package is not installed beside this Python')
     run = lambda *a: subprocess.run([exe, *a], capture_output=True, text=True, cwd=road[0], timeout=300)
     said = run('--help')
-    assert said.returncode==0 and all(k in said.stdout for k in ('distances', 'prune', 'rewrite', 'tune', 'recovery', 'cka', 'study', 'demo'))
+    assert said.returncode==0 and all(k in said.stdout for k in ('distances', 'prune', 'rewrite', 'tune', 'recovery', 'cka', 'study', 'demo', 'run'))
     said = run('prune', 'pocket', '--plan', 'runs/plan.json', '--out', 'by shell')
     assert said.returncode==0 and "next: sdlab rewrite pocket" in said.stdout and load(road[0]/'by shell').n==10, said.stderr
     said = run('prune', '--plan', 'none.json')

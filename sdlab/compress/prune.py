@@ -109,16 +109,16 @@ def prove_neurons(
     run,  # `FedRun`
 ):
     "Raise unless the channels that stay carry what they carried, and are read as they were"
-    stack = new.get_submodule(lm.path)
+    whole,stack = surgery(lm, replace(plan, drop=(), attn=(), mlp=(), units={}), 'cut')[0],new.get_submodule(lm.path)
     for i,where in find_units(lm, 'neuron', plan.units['neuron']).items():
         j,gone = plan.keep.index(i),torch.tensor(plan.units['neuron'][i])
-        old,now = (b.get_submodule(where.projection) for b in (lm.blocks[i], stack[j]))
-        (x,_),(y,_) = run(lm.model, [old])[0],run(new, [now])[0]
+        before,after = whole.get_submodule(lm.path)[i],stack[j]
+        (x,_),(y,_) = (run(m, [b.get_submodule(where.projection)])[0] for m,b in ((whole, before), (new, after)))
         stay,x,y = _staying(torch.arange(where.n), gone, -1, x.float(), y.float())
         far = ((x-y).flatten(0, -2).norm(dim=0)>.2*x.flatten(0, -2).norm(dim=0)).cpu()
         if far.any(): _refuse(lm, f'{_place(plan, j)} would have another channel in place of {stay[far][0].item()}')
         for (k,axis),index in where.slices.items():
-            _,a,b = _staying(index, gone, axis, *(o.get_parameter(k) for o in (lm.blocks[i], stack[j])))
+            _,a,b = _staying(index, gone, axis, before.get_parameter(k), after.get_parameter(k))
             if not torch.equal(a, b): _refuse(lm, f'{_place(plan, j)} would have other numbers in {k}')
 
 def _staying(index, gone, axis, old, now):
@@ -152,4 +152,4 @@ def _cut(lm, plan, uneven):
             hint = 'drop as many in every block, or keep zeros in their place with prune(lm, plan, uneven="zeros")'
             raise ValueError(f'{lm.name} cannot be cut like this: {e}; {hint}') from None
     model,zeros = surgery(lm, plan)
-    return model,list(dict.fromkeys(zeros+tensor_names(model, write_masks(model))))
+    return model,dict(zeros=zeros+tensor_names(model, write_masks(model)), in_place=True)

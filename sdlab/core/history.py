@@ -135,6 +135,19 @@ def stored_record(
     config = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
     return read_long(read_record(config.get('sdlab')), Path(folder)/LONG_FILE)
 
+# %% ../../nbs/core/06_history.ipynb #n001
+def _after_cut(was, plan, in_place):
+    "What a cut changes of the record `was`; units that become zeros `in_place` count when the next plan counts"
+    past,there = past_plan(was),_by_block(was.get('in_place', {}))
+    new,whole = units_before(past, plan, there),_in_record(past.then(plan, there))
+    there = united(there, new) if in_place else _less(there, new)
+    return whole | (dict(in_place=as_json(there)) if there else {})
+
+def _less(there, gone):
+    "Units of `there` that are not among `gone`"
+    def rest(kind, i, v): return [c for c in v if c not in gone.get(kind, {}).get(i, ())]
+    return {k:{i:rest(k, i, v) for i,v in blocks.items()} for k,blocks in there.items()}
+
 # %% ../../nbs/core/06_history.ipynb #h014
 _version = cache(version)
 
@@ -184,15 +197,7 @@ def next_record(
     step.setdefault('versions', versions())
     names = [*_renumbered(zero_names(lm), lm.path, now), *zeros]
     steps = was['steps']+[as_json(step)]
-    past,there = past_plan(was),_by_block(was.get('in_place', {}))
-    whole = _in_record(past.then(now, there)) | _still_there(there, units_before(past, now, there), 'in_place' in facts)
-    return was | whole | dict(zeros=list(dict.fromkeys(names)), steps=steps)
-
-def _still_there(there, new, in_place):
-    "Units that are zeros and have kept their places, in the teacher's numbers, after `new` were cut"
-    if in_place: return dict(in_place=as_json(united(there, new)))
-    left = {k:{i:[c for c in v if c not in new.get(k, {}).get(i, ())] for i,v in blocks.items()} for k,blocks in there.items()}
-    return dict(in_place=as_json(left)) if there else {}
+    return was | _after_cut(was, now, 'in_place' in facts) | dict(zeros=list(dict.fromkeys(names)), steps=steps)
 
 def record_name(
     record, # The whole record, or a short one

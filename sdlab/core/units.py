@@ -195,10 +195,10 @@ def projections_in(
 )->dict:         # {'attention':, 'mlp':}: names of modules, () for what the block does not have
     "The output projections of one block"
     probe,attn = _ZeroProbe(block, call, shared),[]
-    first = {k:probe.named(v) for k,v in guess.items()}
-    if probe.has_attention(): attn = _smallest_set(probe.mods, probe.no_attention, first['attention'], _CARRIES)
+    if probe.has_attention():
+        attn = _smallest_set(probe.mods, probe.no_attention, probe.named(guess['attention']), _CARRIES)
     rest = [m for m in probe.mods if m not in attn]
-    mlp = _smallest_set(rest, lambda o: probe.hands_on(attn+list(o)), first['mlp'], _CHANGES)
+    mlp = _smallest_set(rest, lambda o: probe.hands_on(attn+list(o)), probe.named(guess['mlp']), _CHANGES)
     return dict(attention=probe.paths(attn), mlp=probe.paths(mlp))
 
 # %% ../../nbs/core/09_units.ipynb #c021
@@ -342,11 +342,16 @@ def _float(o): return o.float() if torch.is_tensor(o) and o.is_floating_point() 
 def _with_gradient(t):
     return nn.Parameter(_float(t.detach()), t.is_floating_point()) if isinstance(t, nn.Parameter) else _float(t)
 
+def _in_float32(call):
+    from torch.utils._pytree import tree_map
+    return tree_map(_float, call)
+
+# %% ../../nbs/core/09_units.ipynb #n017
 class _ChannelProbe:
     "One block in float32, and which slices of its tensors answered yes to which digit so far"
     def __init__(self, block, call, name):
-        from torch.utils._pytree import tree_map
-        self.block,self.call = copied_tree(block, _with_gradient),tree_map(_float, call)
+        self.block,self.call = copied_tree(block, _with_gradient),_in_float32(call)
+        write_masks(self.block) # what the mask of a view stops is there all the same
         self.reads,self.params = self.block.get_submodule(name),dict(self.block.named_parameters())
         self.own = {k:p for k,p in self.params.items() if k.rpartition('.')[0]==name}
         self.answers = {} # {(tensor, axis): bool, shape (digits, slices)}

@@ -25,8 +25,12 @@ def options_of(f): # {name: (default, comment)}, groups opened
     out,docs = {},docments(f)
     for k,p in inspect.signature(f).parameters.items():
         if not is_dataclass(p.default): out[k] = p.default,docs.get(k, '')
-        else: out |= {o.name:(getattr(p.default, o.name), docments(type(p.default)).get(o.name, '')) for o in fields(p.default)}
+        else: out |= _group_options(p.default)
     return out
+
+def _group_options(value): # {name: (default, comment)} of a group
+    docs = docments(type(value))
+    return {o.name:(getattr(value, o.name), docs.get(o.name, '')) for o in fields(value)}
 
 def grouped(f, args): # Flat options as the arguments of `f`
     out = dict(args)
@@ -41,14 +45,17 @@ def _kind(default): # How argparse should read a value whose default is this
     return dict(type=type(default) if default is not None else str)
 
 def _add(parser, name, default, text, place, kind): # One option, or one argument by its place
+    about,flag = dict(help=(text+_shown(default)).replace('%', '%%')),name if place else f"--{name.replace('_','-')}"
+    if default is not inspect.Parameter.empty:
+        how = dict(nargs='?') if place else _kind(default)
+        return parser.add_argument(flag, default=default, **about, **how)
+    if kind in (int,float): about['type'] = kind
+    if not place: about['required'] = True
+    return parser.add_argument(flag, **about)
+
+def _shown(default): # What the help says of it
     value = ' '.join(map(str, default)) if isinstance(default, tuple) else default
-    needed = default is inspect.Parameter.empty
-    shown = '' if needed or value in (None, False, '') else f' (default: {value})'
-    about,flag = dict(help=(text+shown).replace('%', '%%')),f"--{name.replace('_','-')}"
-    if needed: about |= {'type':kind} if kind in (int,float) else {}
-    if needed: return parser.add_argument(*([name] if place else [flag]), **about, **({} if place else dict(required=True)))
-    if place: return parser.add_argument(name, nargs='?', default=default, **about)
-    return parser.add_argument(flag, default=default, **about, **_kind(default))
+    return '' if value in (None, False, '', inspect.Parameter.empty) else f' (default: {value})'
 
 # %% ../../nbs/experiment/09_cli.ipynb #c006
 def add_command(
@@ -59,11 +66,11 @@ def add_command(
     positional=False, # Arguments that are given by position: a tuple of names, or True for all that have no default
 ):
     "A sub-command whose options are the arguments of `f`"
-    parser,kinds = commands.add_parser(name or f.__name__, help=f.__doc__, description=f.__doc__),inspect.signature(f).parameters
+    parser = commands.add_parser(name or f.__name__, help=f.__doc__, description=f.__doc__)
+    kinds = {k:p.annotation for k,p in inspect.signature(f).parameters.items()}
     for k,(default,text) in options_of(f).items():
         place = default is inspect.Parameter.empty if positional is True else k in (positional or ())
-        if k in skip or k in kinds and kinds[k].kind is inspect.Parameter.VAR_KEYWORD: continue
-        _add(parser, k, default, text, place, kinds[k].annotation if k in kinds else None)
+        if k not in skip: _add(parser, k, default, text, place, kinds.get(k))
     parser.set_defaults(run=lambda **args: f(**grouped(f, args)))
     return parser
 
@@ -71,11 +78,11 @@ def add_command(
 _STAGES = 'sdlab.experiment.stages:'
 
 COMMANDS = { # name -> (where, arguments by position)
-    'demo':('sdlab.experiment.recipes:demo', ()), 'run':(_STAGES+'run_command', ('recipe',)), 'study':(_STAGES+'study_command', ()),
+    'demo':('sdlab.experiment.recipes:demo', ()), 'lab':('sdlab.lab.workflow:lab', ()),
+    'run':(_STAGES+'run_command', ('recipe',)), 'study':(_STAGES+'study_command', ()),
     'distances':(_STAGES+'stage_distances', ('model',)), 'prune':(_STAGES+'stage_prune', ('model',)),
     'rewrite':(_STAGES+'stage_rewrite', ('teacher',)), 'tune':(_STAGES+'stage_tune', ('student',)),
-    'recovery':(_STAGES+'stage_recovery', ()), 'cka':(_STAGES+'stage_cka', ('student', 'teacher')),
-    'lab':('sdlab.lab.workflow:lab', ())}
+    'recovery':(_STAGES+'stage_recovery', ()), 'cka':(_STAGES+'stage_cka', ('student', 'teacher'))}
 
 def command_function(where): # 'module:name' -> the function
     module,name = where.split(':')
@@ -110,11 +117,13 @@ def main(
     try: found = run(**args)
     except (ValueError, TypeError, OSError, RuntimeError) as e:
         if trace: raise
-        return _said(f'sdlab: {e} (sdlab --traceback shows where)', 2)
-    except KeyboardInterrupt: return _said('\nInterrupted. What is finished is kept: the same command goes on from there.', 130)
+        return _ended(f'sdlab: {e} (sdlab --traceback shows where)', 2)
+    except KeyboardInterrupt: return _ended(_KEPT, 130)
     if found is not None: print(f'\n{found}')
     return 0
 
-def _said(words, status): # To whoever typed it
+_KEPT = '\nInterrupted. What is finished is kept: the same command goes on from there.'
+
+def _ended(words, status): # With a word to whoever typed it
     print(words, file=sys.stderr)
     return status

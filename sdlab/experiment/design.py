@@ -144,12 +144,12 @@ def sources_of(design): # Steps that every arm begins with
 
 # %% ../../nbs/experiment/02_design.ipynb #c011
 def _choose(planner, name, arms): # The best of all candidates by their validation items
-    options = candidates(arms[name])                                    # of settings
+    steps,options = arms[name],candidates(arms[name])
     nodes = [_validating(planner, {**arms, name:o}, name) for o in options]
     tables = planner.score(nodes)
-    if tables is None: planner.open += nodes                            # the first one stands in for now
-    best = options[0] if tables is None else _best(planner, name, arms[name], options, tables)
-    planner.settled |= {choice_of(was):now for was,now in zip(arms[name], best) if was.tried}
+    if tables is None: planner.open += nodes
+    best = _best(planner, name, steps, options, tables) if tables else options[0] # which stands in for now
+    planner.settled |= {choice_of(a):b for a,b in zip(steps, best) if a.tried}
 
 def _best(planner, name, steps, options, tables): # With a word in the table of choices
     scores = [validation_score(t, judged_by(steps)) for t in tables]

@@ -22,20 +22,22 @@ class Forecast:
     "What a study would do"
     name:str           # Of the design
     arms:pd.DataFrame  # A row per question and arm: `students`, `steps`
-    steps:pd.DataFrame # A row per kind of step: `runs`, `done`, `shared` (uses of each, on average), `seconds` (of one)
+    steps:pd.DataFrame # A row per kind of step: `runs`, `done`, `shared` (uses of each), `seconds` (of one)
     open:int           # Trainings by which tried values are chosen, where that is not done
     def frame(self): return self.steps
     @property
-    def seconds(self): return ((self.steps.runs-self.steps.done)*self.steps.seconds).sum(min_count=1) # NaN where nothing is known
+    def seconds(self): # NaN where nothing is known
+        return ((self.steps.runs-self.steps.done)*self.steps.seconds).sum(min_count=1)
     def __repr__(self):
         s = self.steps
-        left = '' if self.seconds!=self.seconds else f', about {self.seconds/60:.0f} minutes to go for steps that are known'
+        left = '' if self.seconds!=self.seconds else f', about {self.seconds/60:.0f} minutes to go'
         tried = f'; {self.open} more to choose among tried values' if self.open else ''
         return f'{self.name}: {s.runs.sum()} steps, {s.done.sum()} of them done{left}{tried}'
     def __str__(self):
         steps = self.steps.to_string(index=False, na_rep='', float_format=lambda v: f'{v:.3g}')
         return f'{self.arms.to_string(index=False)}\n\n{steps}\n\n{self!r}'
-    def _repr_html_(self): return self.arms.to_html(index=False)+self.steps.to_html(index=False, na_rep='')+f'<p>{self!r}</p>'
+    def _repr_html_(self):
+        return self.arms.to_html(index=False)+self.steps.to_html(index=False, na_rep='')+f'<p>{self!r}</p>'
 
 def forecast(
     design,  # `Design`
@@ -43,23 +45,36 @@ def forecast(
     ask=(),  # Questions (default: all)
 )->Forecast:
     "What a design would do, without doing any of it"
-    steps = Path(out or '')/'steps'
-    known = settings_in(out, 'study') if out is not None else None
-    done = {p.parent.name:finished(p.parent)['seconds'] for p in steps.glob('*/done.json')} if known else {}
+    print_of,done = _known(out)
     def score(nodes):
-        if all(n.key in done for n in nodes): return [kept_value(steps/n.key, 'table') for n in nodes]
+        if all(n.key in done for n in nodes): return [kept_value(Path(out)/'steps'/n.key, 'table') for n in nodes]
     seen = given_tasks(design.validation) if design.validation else None
-    planner = Planner(design, roots(design, None, (known or {}).get('fingerprint', 'unknown')), score, seen)
-    planned = planner.planned(asked_questions(questions_of(design), ask))
-    return _summed(design.name, planned, planner.open, done)
+    planner = Planner(design, roots(design, None, print_of), score, seen)
+    return _summed(design.name, planner.planned(asked_questions(questions_of(design), ask)), planner.open, done)
+
+def _known(out): # The teacher's fingerprint, and {key: seconds} of what is done
+    settings = settings_in(out, 'study') if out is not None else None
+    if settings is None: return 'unknown',{}
+    done = [p.parent for p in Path(out).glob('steps/*/done.json')]
+    return settings['fingerprint'],{p.name:finished(p)['seconds'] for p in done}
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c006
 def _summed(name, planned, still_open, done): # The tables of a forecast
     runs = [r for arms in planned.values() for rs in arms.values() for r in rs]
     nodes = family([n for r in runs for n in r.ends]+still_open)
     uses = pd.Series([k for r in runs for k in family(r.ends)]).value_counts()
-    rows = [dict(step=n.step.name, function=short_name(n.step.function), done=k in done, uses=uses.get(k, 0), seconds=done.get(k)) for k,n in nodes.items()]
-    grouped = pd.DataFrame(rows).groupby(['step', 'function'], sort=False)
-    steps = grouped.agg(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean')).reset_index()
-    arms = [dict(question=q, arm=a, students=len(rs), steps=' > '.join(s.name for s in rs[0].steps)) for q,arms in planned.items() for a,rs in arms.items()]
-    return Forecast(name, pd.DataFrame(arms), steps.round(1), len(still_open))
+    steps = _by_step(pd.DataFrame([_step_row(n, done, uses) for n in nodes.values()]))
+    return Forecast(name, pd.DataFrame(list(_arm_rows(planned))), steps, len(still_open))
+
+def _step_row(node, done, uses):
+    told = dict(done=node.key in done, uses=uses.get(node.key, 0), seconds=done.get(node.key))
+    return dict(step=node.step.name, function=short_name(node.step.function), **told)
+
+def _by_step(rows):
+    what = dict(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean'))
+    return rows.groupby(['step', 'function'], sort=False).agg(**what).reset_index().round(1)
+
+def _arm_rows(planned):
+    for q,arms in planned.items():
+        for a,runs in arms.items():
+            yield dict(question=q, arm=a, students=len(runs), steps=' > '.join(s.name for s in runs[0].steps))

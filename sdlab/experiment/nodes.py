@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'digest', 'Given', 'Node', 'family', 'place', 'walk', 'require_arm', 'keep_value', 'write_rows', 'kept_value',
-           'last_training', 'Busy', 'Runner', 'take_and_keep', 'described', 'row_writer', 'require_kind', 'finish_all']
+           'last_training', 'Busy', 'Runner', 'take_and_keep', 'given_state', 'described', 'row_writer', 'require_kind',
+           'finish_all']
 
 # %% ../../nbs/experiment/01_nodes.ipynb #c002
 import hashlib, inspect, json, shutil, time, traceback
@@ -21,9 +22,9 @@ from .steps import save_figure, short_name, step, take
 
 # %% ../../nbs/experiment/01_nodes.ipynb #c005
 def digest(value): # 12 hexadecimal digits of a JSON value
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_said).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_setting_as_json).encode()).hexdigest()[:12]
 
-def _said(value): # A setting that JSON has no word for
+def _setting_as_json(value): # A setting that JSON has no word for
     if isinstance(value, Tried): return [*value.values, list(value.by)]
     return [address_of(value), _code(value)] if callable(value) else repr(value)
 
@@ -183,20 +184,20 @@ def _attempt(runner, node, given): # The step itself; its reason stays where it 
         raise
 
 def take_and_keep(runner, node, given, folder): # The value, and on disk whatever of it is to stay
-    state,parents = _fields_of(node, given)
+    state,parents = given_state(node, given)
     value = take(node.step, state, parents, folder, node.seed or 0, row_writer(folder/'progress.jsonl'))
     require_kind(node.step, value)
     if node.gives=='lm': write_json(folder/'spent.json', last_training(value))
     if node.key not in runner.dropped: keep_value(folder, node.gives, value)
     return value
 
-def _fields_of(node, given): # What was given, as the state and the parents
+def given_state(node, given): # What was given, as the state and the parents
     state = {field:given[k] for k,field in node.step.needs.items() if k in given}
     return State(**state),{k:given[k] for k in node.step.parents}
 
 # %% ../../nbs/experiment/01_nodes.ipynb #c014
 def described(node): # What a folder says of itself
-    settings = json.loads(json.dumps(node.about['settings'], default=_said))
+    settings = json.loads(json.dumps(node.about['settings'], default=_setting_as_json))
     about = dict(node.about, settings=settings)
     return dict(about, name=node.step.name, step=short_name(node.step.function), gives=node.gives)
 

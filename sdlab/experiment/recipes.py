@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'AFTER', 'read_yaml', 'read_value', 'read_settings', 'read_step', 'read_arm', 'read_vary', 'readable_rows',
-           'data_sides', 'task_of', 'other_tasks', 'read_sources', 'read_design', 'require_page', 'read_questions',
-           'packaged_recipes', 'recipe_page', 'change_page', 'recipe', 'run_recipe', 'demo']
+           'data_sides', 'task_of', 'other_tasks', 'read_sources', 'read_design', 'read_steps', 'require_page',
+           'read_questions', 'packaged_recipes', 'recipe_page', 'change_page', 'recipe', 'run_recipe', 'demo']
 
 # %% ../../nbs/experiment/06_recipes.ipynb #c002
 import re
@@ -33,10 +33,11 @@ def _loader():
         def construct_mapping(self, node, deep=False):
             _refuse_twice([self.construct_object(k, deep=True) for k,_ in node.value], node.start_mark.line+1)
             return super().construct_mapping(node, deep)
-    for kind,pattern in _SCALARS.items():
-        Plain.add_implicit_resolver(f'tag:yaml.org,2002:{kind}', re.compile(f'^({pattern})$'), None)
-    Plain.add_constructor('tag:yaml.org,2002:int', lambda loader, node: int(node.value))
+    for kind,pattern in _SCALARS.items(): Plain.add_implicit_resolver(_TAG+kind, re.compile(f'^({pattern})$'), None)
+    Plain.add_constructor(_TAG+'int', lambda loader, node: int(node.value))
     return Plain
+
+_TAG = 'tag:yaml.org,2002:'
 
 def _refuse_twice(keys, line):
     twice = next((k for i,k in enumerate(keys) if k in keys[:i]), None)
@@ -129,7 +130,7 @@ def _own_sides(page, opened): # (rows, texts, tasks, validation) of a file
     rows,asked = page['rows'],_OWN_TASKS|(page.get('tasks') or {})
     refuse_unknown('setting of rows called', rows, ('file', 'limit'))
     refuse_unknown('setting of tasks called', asked, _OWN_TASKS)
-    also,*how = asked.values()
+    also,*how = (asked[k] for k in _OWN_TASKS)
     sides = data_sides(opened, rows['file'], rows.get('limit') or None)
     judged,seen = ({'in domain':task_of('in domain', sides[k], *how)} for k in ('evaluation', 'calibration'))
     return sides['train'],sides['calibration'],judged|other_tasks(opened, also, *how),seen
@@ -140,15 +141,15 @@ def read_sources(
     page, # A recipe as it was read
 ):        # (rows, texts, tasks, validation)
     "What a recipe starts from"
-    if 'file' in page['rows']: return _own_sides(page, opened_model(_teacher(page), **_opening(page)))
-    tasks = page.get('tasks') or {}
-    if 'pocket' not in tasks: raise ValueError('tasks: give {pocket: all, n: 100}, or rows of your own (rows: {file: PATH}).')
-    rows,texts = read_step('rows', page['rows']),read_step('texts', page.get('texts') or dict(calibration=64, seed=0))
-    return rows,texts,_pocket_side(tasks, 'evaluation'),_pocket_side(tasks, 'calibration')
+    if 'file' in page['rows']: return _own_sides(page, opened_model(_teacher(page), **_opened_how(page)))
+    tasks,texts = page.get('tasks') or {},page.get('texts') or dict(calibration=64, seed=0)
+    if 'pocket' not in tasks: raise ValueError('tasks: give {pocket: all, n: 100}, or rows: {file: PATH}.')
+    judged,seen = (_pocket_side(tasks, side) for side in ('evaluation', 'calibration'))
+    return read_step('rows', page['rows']),read_step('texts', texts),judged,seen
 
 def _teacher(page): return None if page.get('teacher', 'pocket')=='pocket' else page['teacher']
 
-def _opening(page): return {k:page[k] for k in ('dtype', 'device') if page.get(k)}
+def _opened_how(page): return {k:page[k] for k in ('dtype', 'device') if page.get(k)}
 
 # %% ../../nbs/experiment/06_recipes.ipynb #c013
 KEYS = dict(
@@ -164,21 +165,21 @@ def read_design(
 )->Design:
     "A recipe as a design; whatever it says that nobody understands is refused by name"
     require_page(page)
-    steps = {k:read_step(k, v) for k,v in (page.get('steps') or {}).items()}
+    steps,tables = read_steps(page.get('steps')),read_steps(page.get('tables'))
     arms = {k:read_arm(k, v, steps) for k,v in page['arms'].items()}
     rows,texts,tasks,seen = read_sources(page)
-    tasks |= {k:read_step(k, v) for k,v in (page.get('tables') or {}).items()}
     told = {k:page[k] for k in ('seeds', 'name', 'baseline') if k in page}
-    told |= dict(texts=texts, validation=seen, about=page, opening=_opening(page))
-    return Design(_teacher(page), rows, tasks, arms, questions=read_questions(page), **told)
+    told |= dict(texts=texts, validation=seen, about=page, opening=_opened_how(page))
+    return Design(_teacher(page), rows, tasks|tables, arms, questions=read_questions(page), **told)
+
+def read_steps(said): return {k:read_step(k, v) for k,v in (said or {}).items()}
 
 def require_page(page): # Its keys and no others, or one sentence
     if not isinstance(page, dict): raise ValueError('A recipe is a mapping with the keys '+', '.join(KEYS)+'.')
     refuse_unknown('key', page, KEYS)
-    lost = next((k for k in ('rows', 'arms') if not page.get(k)), None)
+    lost,seeds = next((k for k in ('rows', 'arms') if not page.get(k)), None),page.get('seeds', 1)
     if lost: raise ValueError(f'The recipe has no {lost}: {KEYS[lost]}.')
-    seeds = page.get('seeds', 1)
-    if not isinstance(seeds, int) or seeds<1: raise ValueError(f'seeds is a number of trainings, at least 1, not {seeds!r}.')
+    if not isinstance(seeds, int) or seeds<1: raise ValueError(f'seeds is a number, at least 1, not {seeds!r}.')
 
 def read_questions(page): # {name: dict}, or None
     return {k:{**v, 'vary':read_vary(v.get('vary'))} for k,v in (page.get('questions') or {}).items()} or None
@@ -210,7 +211,7 @@ def change_page(page, change): # 'pick.n=3'
 def _inside(page, key): # A key of the recipe, or the settings of one of its steps
     if key not in page and key in page.get('steps', {}): return next(iter(page['steps'][key].values()))
     if isinstance(page.get(key), dict): return page[key]
-    raise ValueError(f'There is no {key!r} to be changed'+nearest(key, [*page, *page.get('steps', {})]))
+    raise ValueError(f'There is no {key!r} to change'+nearest(key, [*page, *page.get('steps', {})]))
 
 def recipe(
     name,  # A packaged recipe, or a file

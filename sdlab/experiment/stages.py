@@ -92,7 +92,7 @@ def require_free(fresh, *paths): # Refuse to write over files; make their folder
             raise ValueError(f'{p} exists: choose another name, or write over it with fresh=True (--fresh).')
     for p in paths:
         try: p.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise OSError(f'Cannot write to {p.parent} ({e.strerror}): choose another place.') from None
+        except OSError as e: raise OSError(f'Cannot write to {p.parent} ({e.strerror}): choose another.') from None
 
 def require_apart(out, *inputs): # A result never replaces what it is made from
     for p in inputs:
@@ -113,14 +113,14 @@ def remembered(folder, key, default): # What an earlier stage wrote down
 @dataclass(frozen=True)
 class Measuring:
     "How units are scored"
-    measure:str='angular' # angular, influence, update, deepest, random; exactly, for spans of that many blocks: loss, kl
+    measure:str='angular' # angular, influence, update, deepest, random; exactly, for spans of that size: loss, kl
     part:str='block'      # What is dropped: block, attention or mlp
     tokens:str=None       # Where the stream is compared: last or all (default: the measure's own)
     batch_size:int=32     # Texts at once
 
 def stage_distances(
     model='pocket',         # Folder or hub id of the model; pocket is the teacher inside the package
-    texts=None,             # Texts to measure on: a .json, .jsonl, .csv or .parquet file, or a hub id (default: the pocket world's)
+    texts=None,             # Texts to measure on: a file or a hub id (default: the pocket world's)
     drop=2,                 # Blocks to drop
     out='runs/spans.csv',   # Table of all scores; its picture goes beside it, as .png
     plan='runs/plan.json',  # The best choice of that many blocks
@@ -145,7 +145,8 @@ def stage_distances(
 # %% ../../nbs/experiment/08_stages.ipynb #c013
 def read_plan(path):
     if not Path(path).is_file():
-        raise FileNotFoundError(f'There is no plan {path}: `sdlab distances` makes one; type that first, or name another with --plan.')
+        raise FileNotFoundError(f'There is no plan {path}: `sdlab distances` makes one; '
+                                'type that first, or name another with --plan.')
     try: return Plan.from_json(Path(path).read_text())
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
@@ -153,9 +154,11 @@ def require_plan_of(lm, plan, path, anyway): # Refuse a plan that was measured o
     evidence = plan.evidence if isinstance(plan.evidence, dict) else {}
     of,name = evidence.get('model_fingerprint'),evidence.get('model', 'unknown')
     if plan.n!=lm.n:
-        raise ValueError(f'{path} is for a model of {plan.n} blocks, but {lm.name} has {lm.n}: measure this one with `sdlab distances`.')
+        raise ValueError(f'{path} is for a model of {plan.n} blocks, but {lm.name} has {lm.n}: '
+                         'measure this one with `sdlab distances`.')
     if not of or of==lm.fingerprint or anyway: return
-    raise ValueError(f'{path} was measured on another model ({name}, {of}) than {lm.name} ({lm.fingerprint}; another dtype counts): '
+    raise ValueError(f'{path} was measured on another model ({name}, {of}) than {lm.name} '
+                     f'({lm.fingerprint}; another dtype counts): '
                      'measure this one with `sdlab distances`, or cut it all the same with anyway=True (--anyway).')
 
 def stage_prune(
@@ -171,7 +174,7 @@ def stage_prune(
     choice = read_plan(plan)
     lm = stage_model(model, opening)
     require_plan_of(lm, choice, plan, anyway)
-    settings = dict(command='prune', teacher=str(model), model=lm.fingerprint, drop=json.loads(choice.to_json())['drop'])
+    settings = dict(command='prune', teacher=str(model), model=lm.fingerprint)|dict(drop=json.loads(choice.to_json())['drop'])
     folder = stage_folder(out, settings, fresh, lambda f: prune(lm, choice).save(f))
     data = None if model=='pocket' else 'ROWS.jsonl'
     return Wrote(str(choice), (folder,), typed('rewrite', model, data=data, out=folder.parent/'data', **vars(opening)))
@@ -180,14 +183,14 @@ def stage_prune(
 @dataclass(frozen=True)
 class Writing:
     "How the teacher writes"
-    rule:str='auto'         # How a rewrite is compared with its reference: final (after ####), integer, choice, exact, none, auto
+    rule:str='auto'         # How it is compared with its reference: final (after ####), integer, choice, exact, none
     batch_size:int=64       # Rows at once
     max_new_tokens:int=256  # Tokens of an answer at most; a longer one counts as cut off
     temperature:float=0.    # 0: greedy; else sampling
 
 def stage_rewrite(
     teacher='pocket',   # Folder or hub id of the unpruned model; pocket is the teacher inside the package
-    data=None,          # Rows with answers: a .json, .jsonl, .csv or .parquet file, or a hub id (default: word problems that a far annotator answered)
+    data=None,          # Rows with answers: a file or a hub id (default: word problems that a far annotator answered)
     out='runs/data',    # Folder of data.jsonl and of the ledger; run again, it goes on where it stopped
     writing=Writing(),  # How the teacher writes
     draw=Draw(0),       # Which rows
@@ -212,7 +215,7 @@ def stage_rewrite(
 @dataclass(frozen=True)
 class Tuning:
     "How the student learns"
-    on:str='completion' # Column that is learned: completion (self-data), reference (plain fine-tuning on the same rows), or any other
+    on:str='completion' # Column that is learned: completion (self-data), reference (plain fine-tuning), or any other
     epochs:float=2.     # Passes over the rows
     lr:float=2e-4       # Peak learning rate
     batch_size:int=16   # Rows per optimiser step
@@ -220,7 +223,7 @@ class Tuning:
 
 def stage_tune(
     student='runs/cut', # Folder or hub id of the model to heal
-    data='runs/data',   # Rows: the folder that `sdlab rewrite` filled, a .json, .jsonl, .csv or .parquet file, or a hub id
+    data='runs/data',   # Rows: the folder that `sdlab rewrite` filled, a file, or a hub id
     out='runs/healed',  # Folder of the healed model; a run that was killed goes on from its last checkpoint
     tuning=Tuning(),    # How the student learns
     draw=Draw(0),       # Which rows
@@ -233,7 +236,7 @@ def stage_tune(
     ds = drawn_rows(stage_rows(data, '', 'data', None), draw)
     lm,teacher = stage_model(student, opening),remembered(student, 'teacher', 'TEACHER')
     how = dict(vars(tuning), lora=tuning.lora or None, seed=draw.seed)
-    settings = dict(command='tune', teacher=teacher, rows=str(data), student=lm.fingerprint, data=fingerprint(ds), **how)
+    settings = dict(how, command='tune', teacher=teacher, rows=str(data), student=lm.fingerprint, data=fingerprint(ds))
     folder = stage_folder(out, settings, fresh, lambda f: _heal(f, lm, ds, how))
     arms = f'pruned={student}',f"{'SFT' if tuning.on=='reference' else 'self-data'}={folder}"
     tasks = None if teacher=='pocket' else 'HELD_OUT.jsonl'
@@ -253,13 +256,14 @@ def read_arms(given): # ('pruned=runs/cut', ...) -> {'pruned': 'runs/cut', ...}
         raise ValueError(f'{given[good.index(False)]!r} is no arm: write name=folder, such as pruned=runs/cut '
                          '(and not for the teacher, which is always there).')
     if len({k for k,*_ in pairs})<len(pairs) or not pairs:
-        raise ValueError('Give --arms: one or more, each with a name of its own, such as pruned=runs/cut self-data=runs/healed.')
+        raise ValueError('Give --arms: one or more, each with a name of its own, such as '
+                         'pruned=runs/cut self-data=runs/healed.')
     return {k:require_made(v, 'tune' if 'healed' in v else 'prune') for k,_,v in pairs}
 
 @dataclass(frozen=True)
 class Asking:
     "What is asked, and how answers are judged"
-    rule:str='auto'        # How answers to files are compared: final (after ####), integer, choice, exact, none (perplexity), auto
+    rule:str='auto'        # How answers to files are compared: final (after ####), integer, choice, exact, none
     n:int=100              # Items of each task at most
     max_new_tokens:int=256 # Tokens of an answer at most
     seed:int=0             # Of the draw of the items, and of the intervals
@@ -274,8 +278,8 @@ def stage_tasks(lm, tasks, teacher, asking): # {name: Task} by name or file
 # %% ../../nbs/experiment/08_stages.ipynb #c023
 def stage_recovery(
     teacher='pocket',       # Folder or hub id of the unpruned model; pocket is the teacher inside the package
-    arms=('pruned=runs/cut', 'self-data=runs/healed'), # Students, each as name=folder; the gap is measured from the one called pruned
-    tasks=(),               # Files or hub ids to judge on; of the pocket world by name: sums, facts, choice, order, stories (default: all five)
+    arms=('pruned=runs/cut', 'self-data=runs/healed'), # Students, each as name=folder; the gap is from pruned
+    tasks=(),               # Files or hub ids to judge on; of the pocket world by name: sums, facts, ... (default: all)
     out='runs/recovery',    # Folder of the table, its picture and the items; arms that were judged are not asked again
     asking=Asking(),        # What is asked, and how answers are judged
     opening=Opening(),      # How models are opened
@@ -285,7 +289,7 @@ def stage_recovery(
     arms = {'teacher':None, **read_arms(tuple(arms))}
     lm = stage_model(teacher, opening)
     tasks = stage_tasks(lm, tuple(tasks), teacher, asking)
-    settings = dict(command='recovery', teacher=str(teacher), model=lm.fingerprint, **{k:v for k,v in vars(asking).items() if k!='n'})
+    settings = dict(vars(asking), command='recovery', teacher=str(teacher), model=lm.fingerprint, n=None)
     settings |= dict(tasks={k:fingerprint(t.rows) for k,t in tasks.items()})
     out = claim(out, settings, 'stage', fresh, again='fresh=True (--fresh)')
     for k,path in arms.items(): _judge_once(out/k, k, lm, path and stage_model(path, opening), tasks)
@@ -324,7 +328,7 @@ class Grouping:
 def stage_cka(
     student='runs/healed',  # Folder or hub id of a model
     teacher='pocket',       # Folder or hub id of the model to compare it with; pocket is the teacher inside the package
-    texts=None,             # Texts that both read: a .json, .jsonl, .csv or .parquet file, or a hub id (default: the pocket world's)
+    texts=None,             # Texts that both read: a file or a hub id (default: the pocket world's)
     out='runs/map',         # Folder of the table and its picture
     grouping=Grouping(),    # What CKA compares
     draw=Draw(),            # Which texts
@@ -336,11 +340,13 @@ def stage_cka(
     ds = stage_rows(texts, teacher, 'texts', pocket_calibration)
     a,b = (stage_model(o, opening) for o in (student, teacher))
     ds,how = drawn_rows(readable_rows(b, ds), draw),dict(vars(grouping), seed=draw.seed)
-    settings = dict(command='cka', student=a.fingerprint, teacher=str(teacher), model=b.fingerprint, texts=fingerprint(ds), **how)
+    settings = dict(how, command='cka', student=a.fingerprint, teacher=str(teacher), model=b.fingerprint)
+    settings |= dict(texts=fingerprint(ds))
     folder = stage_folder(out, settings, fresh, lambda f: _keep_map(f, cka_map(a, b, ds, **how)))
     same = pd.read_csv(folder/'cka.csv').query('student==teacher')
     said = ', '.join(f'{l}: {v:.3f}' for l,v in zip(same.student, same.cka))
-    return Wrote(f'CKA with {b.name} at the same layer, over {len(ds)} texts: {said}', (folder/'cka.csv', folder/'cka.png'))
+    said = f'CKA with {b.name} at the same layer, over {len(ds)} texts: {said}'
+    return Wrote(said, (folder/'cka.csv', folder/'cka.png'))
 
 def _keep_map(folder, found):
     found.frame().to_csv(folder/'cka.csv', index=False)
@@ -362,8 +368,9 @@ def run_command(
     "Run an experiment that a recipe declares"
     if list or not recipe: return '\n'.join(f'{k}: {recipe_page(k).get("about", "")}' for k in packaged_recipes())
     if teacher: set = (*set, f'teacher={json.dumps(teacher)}')
-    if data: set = (*set, 'rows='+json.dumps(dict(file=data)), *(() if any(s.startswith('tasks') for s in set) else ('tasks={}',)))
-    return _run(recipe, out or f'runs/{Path(recipe).stem}', set, Running(tuple(ask), workers=workers, fresh=fresh), dry_run)
+    if data: set = ('rows='+json.dumps(dict(file=data)), 'tasks={}', 'texts=null', *set)
+    running = Running(tuple(ask), workers=workers, fresh=fresh)
+    return _run(recipe, out or f'runs/{Path(recipe).stem}', set, running, dry_run)
 
 def _run(name, out, changes, running, dry_run): # Or only its forecast
     design = recipe(name, changes)
@@ -374,7 +381,7 @@ def _run(name, out, changes, running, dry_run): # Or only its forecast
 class Rows:
     "What is healed on, and judged"
     also:tuple=()           # More files or hub ids, judged on and never trained on: what might be forgotten
-    rule:str='auto'         # How answers are compared: final (after ####), integer, choice, exact, none (perplexity), auto
+    rule:str='auto'         # How answers are compared: final (after ####), integer, choice, exact, none (perplexity)
     n:int=200               # Items of each task to judge on, at most
     limit:int=0             # Use so many rows of the data at most (0: all)
     max_new_tokens:int=256  # Tokens of an answer at most
@@ -399,7 +406,7 @@ def study_command(
     tokens='last',      # Where the stream is compared: at the last token of each text, or at all
     opening=Opening(),  # How models are opened
     fresh=False,        # Throw away the study that is in `out`, and start over
-    dry_run=False,      # Only say what memory and time each stage would take, from the teacher's config; nothing is loaded or written
+    dry_run=False,      # Only say what memory and time it would take, from the teacher's config
 ):
     "Prune a model, let it write its own training data, heal, judge, compare"
     if drop<1: raise ValueError(f'`drop` is the number of blocks to drop, at least 1, not {drop!r}')
@@ -416,10 +423,11 @@ def study_page(teacher, data, drop, tokens, rows, healing): # The recipe of `sdl
     arms = dict(pruned=['pick', 'cut'], SFT=['pick', 'cut', sft]) | {'self-data':['pick', 'cut', 'write', 'heal']}
     if healing.controls: arms |= {'SFT control':[sft], 'self-data control':['write', 'heal']}
     steps = dict(pick={'best':dict(n=drop, tokens=tokens)}, cut={'prune':{}}, write={'rewrite':write}, heal={'tune':tune})
-    return dict(name='study', teacher=str(teacher), rows=dict(file=str(data), limit=rows.limit), tasks=tasks, steps=steps, arms=arms,
-                tables=dict(map={'cka':{'seed':healing.seed}}), then='report')
+    given = dict(name='study', teacher=str(teacher), rows=dict(file=str(data), limit=rows.limit), tasks=tasks)
+    return given|dict(steps=steps, arms=arms, tables=dict(map={'cka':{'seed':healing.seed}}), then='report')
 
 def _foreseen(teacher, data, drop, rows_, healing, opening): # Memory and time, from the config alone
     from sdlab.measure.scale import dry_run
-    how = dict(epochs=healing.epochs, batch_size=healing.batch_size, lora=healing.lora or 16, arms=4 if healing.controls else 2)
-    return dry_run(teacher, drop, rows=rows(data, limit=rows_.limit or None), items=rows_.n*(1+len(rows_.also)), dtype=opening.dtype, **how)
+    how = dict(epochs=healing.epochs, batch_size=healing.batch_size, lora=healing.lora or 16)
+    how |= dict(arms=4 if healing.controls else 2, items=rows_.n*(1+len(rows_.also)), dtype=opening.dtype)
+    return dry_run(teacher, drop, rows=rows(data, limit=rows_.limit or None), **how)

@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'MODELS', 'RESULTS', 'ENGINE', 'STEPS', 'State', 'nearest', 'needs_of', 'result_of', 'values_of', 'names_of',
            'folded', 'is_function_name', 'found_function', 'address_of', 'short_name', 'Tried', 'tried', 'Step',
            'checked_settings', 'step', 'is_seeded', 'take', 'require_needs', 'scores_by', 'keep_scores', 'save_figure',
-           'best', 'span', 'with_reference', 'pocket', 'calibration', 'first', 'judge', 'cka_map']
+           'best', 'span', 'drop', 'with_reference', 'pocket', 'calibration', 'first', 'judge', 'cka_map']
 
 # %% ../../nbs/experiment/00_steps.ipynb #c002
 import difflib, inspect
@@ -71,6 +71,7 @@ def _of(value, given): return {o.name:given[o.name] for o in fields(value) if o.
 # %% ../../nbs/experiment/00_steps.ipynb #c012
 STEPS = { # Short name -> where the function lies, and the field that its result replaces
     'best': ('sdlab.experiment.steps:best', 'plan'), 'span': ('sdlab.experiment.steps:span', 'plan'),
+    'drop': ('sdlab.experiment.steps:drop', 'plan'),
     'pocket': ('sdlab.experiment.steps:pocket', 'rows'), 'calibration': ('sdlab.experiment.steps:calibration', 'rows'),
     'first': ('sdlab.experiment.steps:first', 'rows'), 'rewrite': ('sdlab.heal.rewrite:rewrite', 'rows'),
     'prune': ('sdlab.compress.prune:prune', 'lm'), 'merge': ('sdlab.compress.merge:merge', 'lm'),
@@ -256,6 +257,13 @@ def span(
 )->Plan:
     "The cut of blocks that are named"
     return Plan.span(lm.n, first, size, why=f'blocks {first} to {first+size-1}')
+
+def drop(
+    lm,     # LM to be cut
+    blocks, # Which of its blocks go
+)->Plan:
+    "The cut that somebody names"
+    return Plan(lm.n, blocks, why='chosen by hand')
 
 # %% ../../nbs/experiment/00_steps.ipynb #c023
 def with_reference(ds): # Rows whose given answer is also called `reference`

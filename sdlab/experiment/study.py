@@ -174,8 +174,9 @@ class Study(StudyArms):
         refuse_unknown(f'training of {arm} with seed', [seed], keys)
         if keys[seed] is None: return self._walker.lm if self._walker else load(self.settings['source'], **at)
         lm = self.value(keys[seed], **at)
-        if lm is None and self._walker is None: raise ValueError(f'{arm} was not kept: run the study with keep={arm!r}.')
-        return self._walker.student(keys[seed]) if lm is None else lm
+        if lm is not None: return lm
+        if self._walker is None: raise ValueError(f'{arm} was not kept: run the study with keep={arm!r}.')
+        return self._walker.student(keys[seed])
     def status(self):
         "A row per step: what it is, how it stands, what it took"
         def row(key, title, status):
@@ -206,7 +207,8 @@ class Study(StudyArms):
     def pictures(self): # {'spans' or an arm: what a step drew}
         chosen = [self.folder(k)/'run'/'spans.png' for k,n in self.settings['nodes'].items() if n['step']=='best']
         drawn = {a:self.folder(self.runs(a)[0]['tables'].get('map', ''))/'picture.png' for a in self.arms()}
-        return {k:p for k,p in {'spans':(chosen or [self.out/'none'])[0], **drawn}.items() if p.exists() and k!='teacher'}
+        found = {'spans':(chosen or [self.out/'none'])[0], **drawn}
+        return {k:p for k,p in found.items() if p.exists() and k!='teacher'}
     def __repr__(self):
         done = self.status().status.value_counts()
         return f'Study({self.out.name!r}: {", ".join(f"{n} {k}" for k,n in done.items())})'
@@ -273,7 +275,9 @@ def described_nodes(nodes, planned): # {key: what it is}, with a title that name
         for a,runs in arms.items():
             for r in runs:
                 for k in family(r.ends): arm_of.setdefault(k, a)
-    def title(k, n): return n.step.name+(f' ({arm_of[k]})' if k in arm_of else '')+(f', seed {n.seed}' if n.seed else '')
+    def title(k, n):
+        seed = f', seed {n.seed}' if n.seed else ''
+        return n.step.name+(f' ({arm_of[k]})' if k in arm_of else '')+seed
     return {k:dict(described(n), title=title(k, n)) for k,n in nodes.items()}
 
 def described_runs(planned): # {question: {arm: [{seed, lm, judge, tables, steps}]}}
@@ -285,10 +289,10 @@ def described_runs(planned): # {question: {arm: [{seed, lm, judge, tables, steps
 
 def described_design(walker, planned): # What lies in design.json
     d,lm = walker.design,walker.lm
-    source = d.teacher if isinstance(d.teacher, (str, type(None))) else lm.name
-    known = dict(name=d.name, teacher=lm.name, fingerprint=lm.fingerprint, source=source, baseline=d.baseline)
-    made = dict(about=d.about, versions=versions(), tasks=described_tasks(d), choices=walker.planner.choices)
-    return dict(known, **made, nodes=described_nodes(walker.nodes, planned), questions=described_runs(planned))
+    source = lm.name if isinstance(d.teacher, LM) else d.teacher
+    told = dict(name=d.name, teacher=lm.name, fingerprint=lm.fingerprint, source=source, baseline=d.baseline)
+    told |= dict(about=d.about, versions=versions(), tasks=described_tasks(d), choices=walker.planner.choices)
+    return told|dict(nodes=described_nodes(walker.nodes, planned), questions=described_runs(planned))
 
 def described_tasks(design): # How each is judged
     asked = {k:t for k,t in design.tasks.items() if isinstance(t, Task)}
@@ -335,9 +339,8 @@ def study(
 def helped(design, out, running): # Other processes that walk the same design meanwhile
     import multiprocessing, torch
     was,share = torch.get_num_threads(),thread_share(running.workers, design.teacher)
-    process = multiprocessing.get_context('spawn').Process
-    what = dict(target=_help, args=(design, out, share, running.ask, running.keep), daemon=True)
-    others = [process(**what) for _ in range(running.workers-1)]
+    process,what = multiprocessing.get_context('spawn').Process,(design, out, share, running.ask, running.keep)
+    others = [process(target=_help, args=what, daemon=True) for _ in range(running.workers-1)]
     for p in others: p.start()
     if others: torch.set_num_threads(share)
     try: yield

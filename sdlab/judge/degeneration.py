@@ -45,7 +45,9 @@ _RATIOS = dict(repeated='repetition', length="length, as a share of the referenc
 @dataclass(frozen=True, repr=False, eq=False)
 class Degeneration:
     "How answers were said, per task and arm: repetition, circles, where they stop, how long they are"
-    items:object    # `DataFrame`, a row per answer: `task`, `arm`, `run`, `item`, `repeated`, `looping`, `never_stopped`, `early`, `empty`, `length`, `wanted` (of the reference); NaN where it is not known
+    # `DataFrame`, a row per answer: `task`, `arm`, `run`, `item`, `repeated`, `looping`, `never_stopped`, `early`,
+    # `empty`, `length`, `wanted` (of the reference)
+    items:object    # NaN where a sign is not known
     seed:int=0      # Of the bootstrap
     draws:int=2000  # Of the bootstrap
 
@@ -119,7 +121,9 @@ def _answers(given):
         given = given if isinstance(given, dict) else {'answers':given}
         if bad := [k for k,v in given.items() if isinstance(v, str) or not len(v)]: raise ValueError(f'{bad[0]!r} needs a list of answers with something in it.')
         given = pd.DataFrame([dict(task='answers', arm=a, item=i, reply=s) for a,v in given.items() for i,s in enumerate(v)])
-    if 'reply' not in given.columns: raise ValueError(f'There are no answers here: a column `reply` is needed, as score_all writes it for tasks in which something is said; there are {", ".join(given.columns)}.')
+    if 'reply' not in given.columns:
+        raise ValueError('There are no answers here: a column `reply` is needed, as score_all writes it for tasks in which '
+                         f'something is said; there are {", ".join(given.columns)}.')
     said = given[(given.metric=='exact') | (given.groupby('task').reply.transform('count')>0)] if 'metric' in given.columns else given # a task of which something is said
     if not len(said): raise ValueError('No task here has answers in words: choices and perplexities cannot degenerate.')
     if 'run' not in said.columns: said = said.assign(run=0)

@@ -125,9 +125,15 @@ def _settings(lm, task, metric, filt, limit, chat, seed):
     "Whatever the items depend on: model, task, its data, the way of asking"
     import lm_eval
     docs = list(task.eval_docs)[:limit if limit and limit>=1 else None]
+    data = _hash_of_task(task, docs)
+    asked = dict(shots=task.get_config('num_fewshot'), metric=metric, filter=filt, limit=limit, chat=chat, seed=seed)
+    model = dict(model=lm.fingerprint, vocab=lm.vocab)
+    return model | dict(task=task.task_name, data=data) | asked | dict(lm_eval=lm_eval.__version__)
+
+def _hash_of_task(task, docs):
+    "A name for what is asked"
     config = re.sub(r' at 0x[0-9a-f]+', '', json.dumps(task.dump_config(), sort_keys=True, default=str))
-    data = hashlib.sha256(json.dumps([config, docs], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return dict(model=lm.fingerprint, vocab=lm.vocab, task=task.task_name, data=data, shots=task.get_config('num_fewshot'), metric=metric, filter=filt, limit=limit, chat=chat, seed=seed, lm_eval=lm_eval.__version__)
+    return hashlib.sha256(json.dumps([config, docs], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _items_file(out, arm, task):
     "Where the items of an arm on a task are kept: readable names, and different ones for different arms"
@@ -191,6 +197,7 @@ def harness(
         from tqdm.auto import tqdm
         todo = tqdm(todo, desc='harness')
     for k,a,lm in todo:
-        parts.append(_rows(k, leaves[k][0][1], a, {o[0].task_name:_items(lm, a, o, limit, batch_size, chat, seed, out) for o in leaves[k]}))
+        items = {o[0].task_name:_items(lm, a, o, limit, batch_size, chat, seed, out) for o in leaves[k]}
+        parts.append(_rows(k, leaves[k][0][1], a, items))
         if callable(progress): progress(k, a)
     return Recovery(pd.concat(parts, ignore_index=True), seed=seed)

@@ -24,19 +24,19 @@ from ..experiment.study import Study
 from .widgets import Instrument, esc, picture
 
 # %% ../../nbs/lab/05_compare.ipynb #c005
-_MARKS = {True:'✓ right', False:'✗ wrong', None:''}  # A word and a sign, never a colour alone
+_VERDICTS = {True:'✓ right', False:'✗ wrong', None:''}  # A word and a sign, never a colour alone
 
-def _reference(task, i): # What should have been answered
+def _given_answer(task, i): # What should have been answered
     row = task.rows[i]
     return row['choices'][row['answer']] if 'choices' in task.needs else row.get('completion', '')
 
-def _heard(row, metric): # (answer, mark) of a row of `score`; a likelihood has neither
+def _recorded_answer(row, metric): # (answer, mark) of a row of `score`; a likelihood has neither
     if metric=='perplexity': return None
     return row['reply'] if metric=='exact' else row['answer'], bool(row['score'])
 
-def _answer(lm, task, i, longest): # (answer, mark) of one item; where the judge reads likelihoods, the model is asked all the same
+def _one_answer(lm, task, i, longest): # (answer, mark) of one item; where the judge reads likelihoods, the model is asked all the same
     if task.metric=='perplexity': return generate(lm, [task.rows[i]['prompt']], longest)[0], None
-    return _heard(score(lm, replace(task, rows=task.rows.select([i]))).iloc[0], task.metric)
+    return _recorded_answer(score(lm, replace(task, rows=task.rows.select([i]))).iloc[0], task.metric)
 
 def _askable(tasks): return {k:t for k,t in tasks.items() if 'prompt' in t.rows.column_names}
 
@@ -56,7 +56,7 @@ def differing(
     return wide.assign(reference=refs.reindex(wide.index))[['reference', *arms]].reset_index().rename_axis(columns=None)
 
 # %% ../../nbs/lab/05_compare.ipynb #c011
-def _opened(arm): # An arm as an `LM` of our own: a view, so that nobody else's hooks are met
+def _own_view(arm): # An arm as an `LM` of our own: a view, so that nobody else's hooks are met
     lm = arm if isinstance(arm, LM) else load(arm) if isinstance(arm, (str, Path)) else arm()
     return without(lm, Plan(lm.n, ()))
 
@@ -81,22 +81,22 @@ def _from_study(study, teacher): # (arms, tasks, recovery) of a finished study
 _CARD = 'flex:1 1 14em;min-width:12em;border:1px solid var(--jp-border-color2,#ccc);border-left:6px solid {c};padding:.4em .7em;background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#222)'
 _TEXT = 'white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0'
 
-def _said(text): return f'<div style="{_TEXT}">{esc(text)}</div>'
+def _text_html(text): return f'<div style="{_TEXT}">{esc(text)}</div>'
 
-def _card(name, answers, marks): # One model's answer
-    mark = _MARKS[marks.get(name)]
+def _answer_card(name, answers, marks): # One model's answer
+    mark = _VERDICTS[marks.get(name)]
     return (f'<section aria-label="{html.escape(name)}" style="{_CARD.format(c=color_of(name, "#56b4e9"))}"><b>{esc(name)}</b>{" · "*bool(mark)}{mark}'
-            +(_said(answers[name] or '(nothing)') if name in answers else _said('…'))+'</section>')
+            +(_text_html(answers[name] or '(nothing)') if name in answers else _text_html('…'))+'</section>')
 
-def _cards(names, question, reference, answers, marks): # Question, reference, and everybody's answer
+def _answer_cards(names, question, reference, answers, marks): # Question, reference, and everybody's answer
     if not question: return '<p>Ask something, or pick an item.</p>'
-    ref = f'<b>Reference</b>{_said(reference)}' if reference else ''
-    return (f'<div aria-live="polite" style="color:var(--jp-ui-font-color1,#222)"><b>Question</b>{_said(question)}{ref}'
-            f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{"".join(_card(k, answers, marks) for k in names)}</div></div>')
+    ref = f'<b>Reference</b>{_text_html(reference)}' if reference else ''
+    return (f'<div aria-live="polite" style="color:var(--jp-ui-font-color1,#222)"><b>Question</b>{_text_html(question)}{ref}'
+            f'<div style="display:flex;flex-wrap:wrap;gap:.6em">{"".join(_answer_card(k, answers, marks) for k in names)}</div></div>')
 
-def _plain(names, question, reference, answers, marks): # The same without any markup
+def _answer_text(names, question, reference, answers, marks): # The same without any markup
     pad = max(map(len, names))
-    lines = [f'{k:{pad}}  {_MARKS[marks.get(k)]:8} {answers.get(k, "...")}' for k in names]
+    lines = [f'{k:{pad}}  {_VERDICTS[marks.get(k)]:8} {answers.get(k, "...")}' for k in names]
     return '\n'.join([f'question: {question}', *([f'reference: {reference}'] if reference else []), *lines])
 
 # %% ../../nbs/lab/05_compare.ipynb #c014
@@ -107,9 +107,9 @@ def _wrapped(text, width=58, lines=6): # Text for a picture: no formulas, nothin
 
 def _rows_of_text(names, question, reference, answers, marks): # [(colour, head, lines)]
     top = [('none', 'Question', _wrapped(question))]+([('none', 'Reference', _wrapped(reference))] if reference else [])
-    return top+[(color_of(k, '#56b4e9'), f'{k}  {_MARKS[marks.get(k)]}', _wrapped(answers.get(k, '…'))) for k in names]
+    return top+[(color_of(k, '#56b4e9'), f'{k}  {_VERDICTS[marks.get(k)]}', _wrapped(answers.get(k, '…'))) for k in names]
 
-def _write(ax, blocks): # Blocks of text below each other, a bar in the arm's colour beside each
+def _write_blocks(ax, blocks): # Blocks of text below each other, a bar in the arm's colour beside each
     y,total = 0.,sum(len(l)+1.6 for _,_,l in blocks)
     for color,head,lines in blocks:
         h = len(lines)+1.
@@ -125,37 +125,37 @@ def _rectangle(y, h, color):
     from matplotlib.patches import Rectangle
     return Rectangle((0, y), .012, h, color=color, lw=0) if color!='none' else Rectangle((0, y), 0, h, lw=0)
 
-def _drawn(blocks, recovery): # Answers on the left, what came back on the right
+def _compare_figure(blocks, recovery): # Answers on the left, what came back on the right
     import matplotlib.pyplot as plt
     lines = sum(len(l)+1.6 for _,_,l in blocks)
     n = 1 if recovery is None or not blocks else 2
     fig,axs = plt.subplots(1, n, figsize=(6.5*n, max(3.2, .19*lines if blocks else 0)), layout='constrained', squeeze=False)
     plt.close(fig)                # a notebook shows what a cell gives back, once
-    if blocks: _write(axs[0,0], blocks)
+    if blocks: _write_blocks(axs[0,0], blocks)
     if recovery is not None: recovery.plot(ax=axs[0,-1], title=f'recovery, {len(recovery.items)//len(recovery.arms)} items')
-    elif not blocks: _write(axs[0,0], [('none', 'Nothing asked and nothing scored yet', [])])
+    elif not blocks: _write_blocks(axs[0,0], [('none', 'Nothing asked and nothing scored yet', [])])
     return fig
 
 # %% ../../nbs/lab/05_compare.ipynb #c016
-def _fits(recovery, tasks): # Refuse a record of other items than the tasks have
+def _check_recovery(recovery, tasks): # Refuse a record of other items than the tasks have
     for k,t in tasks.items() if recovery is not None else ():
         n = recovery.items[recovery.items.task==k]['item'].nunique()
         if n and n!=len(t): raise ValueError(f'The recovery was made from {n} items of {k!r}, and the task has {len(t)}: give the tasks that it was made from.')
     return recovery
 
-def _recorded(c): # {name: (answer, mark)} of the item that is shown, where all arms were scored on it; else None
+def _recorded_answers(c): # {name: (answer, mark)} of the item that is shown, where all arms were scored on it; else None
     if c.recovery is None or not c.task: return None
     it = c.recovery.items
-    got = {r['arm']:_heard(r, r['metric']) for r in it[(it.task==c.task)&(it['item']==c.item)].to_dict('records')}
+    got = {r['arm']:_recorded_answer(r, r['metric']) for r in it[(it.task==c.task)&(it['item']==c.item)].to_dict('records')}
     return {k:got[k] for k in c.names} if all(got.get(k) for k in c.names) else None
 
-def _model(c, name): # The model of an arm, opened once
-    if name not in c.models: c.models[name] = _opened(c.arms[name])
+def _model_of(c, name): # The model of an arm, opened once
+    if name not in c.models: c.models[name] = _own_view(c.arms[name])
     return c.models[name]
 
 def _ask_one(c, name, question, task, i): # (answer, mark)
-    lm = _model(c, name)
-    return _answer(lm, c.tasks[task], i, c.longest) if task else (generate(lm, [question], c.longest)[0], None)
+    lm = _model_of(c, name)
+    return _one_answer(lm, c.tasks[task], i, c.longest) if task else (generate(lm, [question], c.longest)[0], None)
 
 def _ask_all(c, turn, question, task, i): # One arm after the other, until somebody asks something else; what failed is told at the end
     wrong = None
@@ -170,29 +170,29 @@ def _ask_all(c, turn, question, task, i): # One arm after the other, until someb
     finally: c.doing = ''
     if wrong: raise wrong
 
-def _telling(c, told, f): # Do `f`; say that it is done, however it ended, once what went wrong is known
+def _tell_when_done(c, told, f): # Do `f`; say that it is done, however it ended, once what went wrong is known
     try: f()
     except BaseException as e: c.fail(e)
     finally: told.set()
 
-def _await(c, timeout): # Until the newest question is answered, whatever else the worker has to do
+def _wait_for_answers(c, timeout): # Until the newest question is answered, whatever else the worker has to do
     end = time.monotonic()+timeout
     while not c.told.wait(.2) and not c.closed:
         if time.monotonic()>end: raise TimeoutError(f'The answers were not there after {timeout} s: wait longer, or cancel.')
 
-def _ask(c): # Answers to what is shown now
+def _ask_shown(c): # Answers to what is shown now
     c.turn += 1
     c.answers,c.marks,c.error,c.failed,c.told = {},{},'',None,threading.Event()
     if not c.question.strip(): c.told.set()
-    elif known := _recorded(c): c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0)); c.told.set()
-    else: c.worker.now(partial(_telling, c, c.told, partial(_ask_all, c, c.turn, c.question, c.task, c.item)), key='ask')
+    elif known := _recorded_answers(c): c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0)); c.told.set()
+    else: c.worker.now(partial(_tell_when_done, c, c.told, partial(_ask_all, c, c.turn, c.question, c.task, c.item)), key='ask')
 
-def _show(c, task, item, question): # Set the whole state at once, then ask
+def _show_item(c, task, item, question): # Set the whole state at once, then ask
     c._open()
     c.held = True
     try: c.task,c.item,c.question = task,item,question
     finally: c.held = False
-    _ask(c)
+    _ask_shown(c)
 
 # %% ../../nbs/lab/05_compare.ipynb #c017
 def _check_task(c, task):
@@ -206,42 +206,42 @@ def _check_item(c, task, item):
     if not 0<=item<n: raise ValueError(f'{task!r} has items 0 to {n-1}, and {item} is none of them.')
     return item
 
-def _every(c): return [(k, i) for k,t in _askable(c.tasks).items() if c.task in ('', k) for i in range(len(t))]
+def _all_items(c): return [(k, i) for k,t in _askable(c.tasks).items() if c.task in ('', k) for i in range(len(t))]
 
-def _pool(c): # Every (task, item) that can be leafed to now
-    if not c.only: return _every(c)
+def _item_pool(c): # Every (task, item) that can be leafed to now
+    if not c.only: return _all_items(c)
     d = differing(c.recovery, c.names)
     differ = set(zip(d.task, d['item']))
-    return [o for o in _every(c) if o in differ]
+    return [o for o in _all_items(c) if o in differ]
 
-def _leaf(c, step): # The item after (1), before (-1) or anywhere else (0), round and round
-    pool,here = _pool(c),(c.task, c.item)
-    if not pool: raise ValueError('There is no item to show: '+('the arms agree on all of them.' if c.only and _every(c) else 'give tasks with questions.'))
+def _turn_page(c, step): # The item after (1), before (-1) or anywhere else (0), round and round
+    pool,here = _item_pool(c),(c.task, c.item)
+    if not pool: raise ValueError('There is no item to show: '+('the arms agree on all of them.' if c.only and _all_items(c) else 'give tasks with questions.'))
     if not step: return c.dice.choice([o for o in pool if o!=here] or pool)
-    at = {o:i for i,o in enumerate(_every(c))}
+    at = {o:i for i,o in enumerate(_all_items(c))}
     before,after = [o for o in pool if at[o]<at.get(here, -1)],[o for o in pool if at[o]>at.get(here, -1)]
     return (after or pool)[0] if step>0 else (before or pool)[-1]
 
 # %% ../../nbs/lab/05_compare.ipynb #c019
-def _pieces(task, size): # (first item, the task on so many of them)
+def _task_pieces(task, size): # (first item, the task on so many of them)
     return [(a, replace(task, rows=task.rows.select(range(a, min(a+size, len(task)))))) for a in range(0, len(task), size)]
 
-def _scored(c, name, k, task, first): # A piece of the record
-    got = score(_model(c, name), task, c.size)
+def _score_piece(c, name, k, task, first): # A piece of the record
+    got = score(_model_of(c, name), task, c.size)
     got['item'] += first
     for i,(col,v) in enumerate(dict(task=k, metric=task.metric, arm=name).items()): got.insert(i, col, v)
     return got
 
-def _scoring(c, tasks): # Generator: every arm on every task, a piece at a time; sets the recovery at its end
+def _score_all_arms(c, tasks): # Generator: every arm on every task, a piece at a time; sets the recovery at its end
     import pandas as pd
-    todo,parts = [(name, k, p, a) for k,t in tasks.items() for a,p in _pieces(t, c.size) for name in c.names],[]
+    todo,parts = [(name, k, p, a) for k,t in tasks.items() for a,p in _task_pieces(t, c.size) for name in c.names],[]
     try:
-        for k in c.names: c.doing,c.progress = f'opening {k}',0.; yield; _model(c, k)
-        require_same_tokens({k:_model(c, k) for k in c.names}, tasks)
+        for k in c.names: c.doing,c.progress = f'opening {k}',0.; yield; _model_of(c, k)
+        require_same_tokens({k:_model_of(c, k) for k in c.names}, tasks)
         for j,(name,k,p,a) in enumerate(todo):
             c.doing,c.progress = f'{name} on {k}, item {a} of {len(tasks[k])}',j/len(todo)
             yield
-            parts.append(_scored(c, name, k, p, a))
+            parts.append(_score_piece(c, name, k, p, a))
         c.recovery = Recovery(pd.concat(parts, ignore_index=True))
     finally: c.doing = ''
 
@@ -272,7 +272,7 @@ class Compare(Instrument):
         if not arms: raise ValueError("There is nothing to compare: give {name: LM}, such as {'teacher': teacher, 'pruned': pruned}.")
         self.arms,self.tasks,self.models = dict(arms),its if tasks is None else named_tasks(tasks),{}
         self.longest,self.size,self.dice,self.turn,self.held = max_new_tokens,batch_size,random.Random(seed),0,False
-        self.recovery = _fits(recovery if recovery is not None else known, self.tasks)
+        self.recovery = _check_recovery(recovery if recovery is not None else known, self.tasks)
 
     @T.validate('task')
     def _ok_task(self, p): return p['value'] and _check_task(self, p['value'])
@@ -285,14 +285,14 @@ class Compare(Instrument):
     @T.observe('question', 'task', 'item')
     def _moved(self, change):
         if self.held: return
-        if change['name']=='question': _show(self, '', -1, self.question)
-        elif not self.task or self.item<0 and change['name']=='item': _show(self, '', -1, '')
+        if change['name']=='question': _show_item(self, '', -1, self.question)
+        elif not self.task or self.item<0 and change['name']=='item': _show_item(self, '', -1, '')
         else: self.pick(self.task, self.item if change['name']=='item' else 0)
 
     @property
     def names(self): return list(self.arms)
     @property
-    def reference(self): return _reference(self.tasks[self.task], self.item) if self.task else ''
+    def reference(self): return _given_answer(self.tasks[self.task], self.item) if self.task else ''
     @property
     def shown(self): return self.names,self.question,self.reference,self.answers,self.marks
     @property
@@ -312,8 +312,8 @@ class Compare(Instrument):
         question, # A question of one's own
     )->dict:      # Name of an arm -> its answer
         "What every arm answers; waits until all have"
-        _show(self, '', -1, str(question))
-        try: _await(self, 3600)
+        _show_item(self, '', -1, str(question))
+        try: _wait_for_answers(self, 3600)
         except KeyboardInterrupt: self.cancel(); raise
         self.check()
         return dict(self.answers)
@@ -323,23 +323,23 @@ class Compare(Instrument):
     )->'Compare':
         "Show an item of a task with its reference and marks; answers come from the record, or in the background"
         _check_item(self, task, item)
-        _show(self, task, item, prompt_text(self.tasks[task].rows[item]['prompt']))
+        _show_item(self, task, item, prompt_text(self.tasks[task].rows[item]['prompt']))
         return self
     def next(self)->'Compare':
         "The next item; where the arms differ, if `only` is set"
-        return self.pick(*_leaf(self, 1))
+        return self.pick(*_turn_page(self, 1))
     def previous(self)->'Compare':
         "The item before"
-        return self.pick(*_leaf(self, -1))
+        return self.pick(*_turn_page(self, -1))
     def random(self)->'Compare':
         "Any other item"
-        return self.pick(*_leaf(self, 0))
+        return self.pick(*_turn_page(self, 0))
     def score(self)->'Compare':
         "Score every arm on every task in the background; `.wait()` for it, then read `.recovery`"
         self._open()
         if not self.tasks: raise ValueError('There are no tasks to score on: give tasks, such as pocket_tasks(60).')
         if 'teacher' not in self.names: raise ValueError(f"Recovery is measured against an arm called 'teacher'; there are {', '.join(self.names)}.")
-        self.worker.long(_scoring(self, self.tasks))
+        self.worker.long(_score_all_arms(self, self.tasks))
         return self
     def cancel(self)->'Compare':
         "Stop asking and scoring; the arm that is speaking finishes its piece"
@@ -354,29 +354,29 @@ class Compare(Instrument):
 
     def figure(self):
         "Answers and recovery bars as they are now"
-        return _drawn(_rows_of_text(*self.shown) if self.question else [], self.recovery)
+        return _compare_figure(_rows_of_text(*self.shown) if self.question else [], self.recovery)
     def text(self):
         "The same as plain text"
-        said = _plain(*self.shown) if self.question else f'Compare {", ".join(self.names)}: nothing asked yet'
+        said = _answer_text(*self.shown) if self.question else f'Compare {", ".join(self.names)}: nothing asked yet'
         return said if self.recovery is None else f'{said}\n\n{self.recovery!r}'
     def build(self):
         "The page: question, items, answers, scores"
-        return _page(self)
+        return _compare_page(self)
 
 # %% ../../nbs/lab/05_compare.ipynb #c023
-def _button(c, label, f, tip, **kwargs): # A button that calls `f`; what goes wrong lands in the instrument
+def _compare_button(c, label, f, tip, **kwargs): # A button that calls `f`; what goes wrong lands in the instrument
     import ipywidgets as w
     b = w.Button(description=label, tooltip=tip, layout=dict(width='max-content'), **kwargs)
     b.on_click(c.guard(lambda _: f()))
     return b
 
-def _own(c): # A question of one's own
+def _own_question(c): # A question of one's own
     import ipywidgets as w
     box = w.Textarea(value=c.question, placeholder='Ask all models something', description='question', layout=dict(width='100%', height='4.5em'), continuous_update=False)
     c.observe(lambda e: setattr(box, 'value', e['new']), 'question')
-    return w.VBox([box, _button(c, 'Ask everyone', lambda: _show(c, '', -1, box.value), 'Every model answers this question', button_style='primary')])
+    return w.VBox([box, _compare_button(c, 'Ask everyone', lambda: _show_item(c, '', -1, box.value), 'Every model answers this question', button_style='primary')])
 
-def _items(c): # An item of the tasks
+def _item_controls(c): # An item of the tasks
     import ipywidgets as w
     at = _askable(c.tasks)
     task = w.Dropdown(options=[('a question of my own', ''), *((f'{k} ({len(t)})', k) for k,t in at.items())], value=c.task, description='task')
@@ -384,24 +384,24 @@ def _items(c): # An item of the tasks
     only = w.Checkbox(value=c.only, description='only where the models differ', disabled=c.recovery is None, indent=False)
     for k,o in dict(task=task, item=item, only=only).items(): c.bind(k, o)
     c.observe(lambda e: setattr(only, 'disabled', e['new'] is None), 'recovery')
-    steps = [_button(c, k, f, tip) for k,f,tip in (('Previous', c.previous, 'The item before'), ('Random', c.random, 'Any item'), ('Next', c.next, 'The item after'))]
+    steps = [_compare_button(c, k, f, tip) for k,f,tip in (('Previous', c.previous, 'The item before'), ('Random', c.random, 'Any item'), ('Next', c.next, 'The item after'))]
     return w.HBox([task, item, *steps, only], layout=dict(flex_flow='row wrap', display='none' if not at else 'flex'))
 
-def _verdicts(c): # Table and bars
+def _verdict_widgets(c): # Table and bars
     import ipywidgets as w
     table,bars = w.HTML(),w.Image(format='png', layout=dict(width='640px', max_width='100%', display='none'))
     def draw(_=None):
         if c.recovery is None: return
-        table.value,bars.value,bars.layout.display = c.recovery._repr_html_(),picture(_drawn([], c.recovery)),'block'
+        table.value,bars.value,bars.layout.display = c.recovery._repr_html_(),picture(_compare_figure([], c.recovery)),'block'
     c.observe(c.guard(draw), 'recovery')
     draw()
-    run = _button(c, 'Score all on the tasks', c.score, 'Every model on every item of the tasks; takes a while and can be cancelled')
+    run = _compare_button(c, 'Score all on the tasks', c.score, 'Every model on every item of the tasks; takes a while and can be cancelled')
     return w.VBox([*([run] if c.tasks else []), table, bars])
 
-def _page(c):
+def _compare_page(c):
     import ipywidgets as w
     cards = w.HTML()
-    def draw(_=None): cards.value = _cards(*c.shown)
+    def draw(_=None): cards.value = _answer_cards(*c.shown)
     c.observe(draw, ['answers', 'question', 'marks'])
     draw()
-    return w.VBox([_own(c), _items(c), c.status(), cards, _verdicts(c)])
+    return w.VBox([_own_question(c), _item_controls(c), c.status(), cards, _verdict_widgets(c)])

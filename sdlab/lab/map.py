@@ -15,28 +15,32 @@ from ..measure.trajectory import METHODS,Snapshot,project,read_snapshots
 from .widgets import Chart,Grid,Instrument,esc,palette
 
 # %% ../../nbs/lab/04_map.ipynb #c007
-def _folder(path):
-    "The frames in a folder: of a run of Watch, or as `keep_snapshot` wrote them"
+def _run_of_folder(path):
+    "The snapshots in a folder: of a run of Watch, or as `keep_snapshot` wrote them"
     if not (Path(path)/'watch.json').exists(): return read_snapshots(path)
-    from sdlab.lab.watch import run_frames
-    return run_frames(path)
+    from sdlab.lab.watch import run_snapshots
+    return run_snapshots(path)
 
-def _by_student(frames):
-    "A plain list as one film, unless two frames of one step show that there are several"
-    steps = [f.step for f in frames if not f.anchor]
-    if len(set(steps))==len(steps): return {next((f.name for f in reversed(frames) if not f.anchor), '') or 'student':frames}
-    return {k:[f for f in frames if f.name==k] for k in dict.fromkeys(f.name for f in frames)}
+def _grouped_snapshots(snapshots):
+    "A plain list as one trajectory, unless two snapshots of one step show that there are several"
+    steps = [f.step for f in snapshots if not f.anchor]
+    if len(set(steps))==len(steps):
+        name = next((f.name for f in reversed(snapshots) if not f.anchor), '')
+        return {name or 'student':snapshots}
+    return {k:[f for f in snapshots if f.name==k] for k in dict.fromkeys(f.name for f in snapshots)}
 
-def _films(frames):
-    "What `Map` takes, as {name: frames}"
-    if isinstance(frames, (str,Path)): frames = _folder(frames)
-    parts = frames if isinstance(frames, dict) else [frames] if isinstance(frames, Snapshot) else list(frames)
-    for f in (f for fs in parts.values() for f in fs) if isinstance(parts, dict) else parts:
-        if not isinstance(f, Snapshot): raise TypeError(f'A map shows Snapshots, as a Tracker takes them, not {type(f).__name__}')
-    return {str(k):list(v) for k,v in (parts if isinstance(parts, dict) else _by_student(parts)).items()}
+def _trajectories(snapshots):
+    "What `Map` takes, as {name: snapshots}"
+    if isinstance(snapshots, (str,Path)): snapshots = _run_of_folder(snapshots)
+    if isinstance(snapshots, Snapshot): snapshots = [snapshots]
+    parts = {k:list(v) for k,v in snapshots.items()} if isinstance(snapshots, dict) else None
+    for f in list(snapshots) if parts is None else sum(parts.values(), []):
+        if not isinstance(f, Snapshot):
+            raise TypeError(f'A map shows Snapshots, as a Tracker takes them, not {type(f).__name__}')
+    return {str(k):list(v) for k,v in (parts or _grouped_snapshots(list(snapshots))).items()}
 
-def _joined(a, b):
-    "Two sets of films; a name that both have gets a number"
+def _joined_students(a, b):
+    "Two sets of trajectories; a name that both have gets a number"
     out = dict(a)
     for k,v in b.items():
         i = 2
@@ -44,30 +48,33 @@ def _joined(a, b):
         out[new] = v
     return out
 
-def _sorted(films):
-    "(the students' frames by step, the anchor)"
-    every = [f for fs in films.values() for f in fs]
-    students = {k:{f.step:f for f in sorted(fs, key=lambda f: f.step) if not f.anchor} for k,fs in films.items()}
+def _sorted_snapshots(trajectories):
+    "(the students' snapshots by step, the anchor)"
+    every = [f for fs in trajectories.values() for f in fs]
+    students = {k:{f.step:f for f in sorted(fs, key=lambda f: f.step) if not f.anchor} for k,fs in trajectories.items()}
     students = {k:v for k,v in students.items() if v}
-    if not students: raise ValueError('There are no frames of a student: look at one with a Tracker first')
-    first = every[0].cka
-    for f in every:
-        if (f.cka.data,f.cka.pool,f.cka.n,f.cka.teacher_layers)!=(first.data,first.pool,first.n,first.teacher_layers): raise ValueError(f'The frames of {every[0].name} and {f.name} (step {f.step}) are of different texts or teachers: use one Tracker for all')
-    return students,next((f for f in every if f.anchor), next(iter(next(iter(students.values())).values())))
+    if not students: raise ValueError('There are no snapshots of a student: take one with a Tracker first')
+    same = lambda c: (c.data,c.pool,c.n,c.teacher_layers)
+    odd = next((f for f in every if same(f.cka)!=same(every[0].cka)), None)
+    if odd:
+        raise ValueError(f'The snapshots of {every[0].name} and {odd.name} (step {odd.step}) are of different texts '
+                         'or teachers: use one Tracker for all')
+    earliest = next(iter(next(iter(students.values())).values()))
+    return students,next((f for f in every if f.anchor), earliest)
 
 # %% ../../nbs/lab/04_map.ipynb #c009
 MODES = ('one', 'both', 'difference') # One student, two side by side, or the first minus the second
 
-def _laid(anchor, frame, layer, method):
+def _placed(anchor, frame, layer, method):
     "The texts of a frame beside those of the anchor, or the sentence that says why there are none"
     try: return project([anchor, frame], layer, method)
     except ValueError as e: return str(e)
 
 def _tenth_below(v): return v//.1/10 # where an axis may begin
 
-def _some(options): return ', '.join(map(str, options[:12]))+(', …' if len(options)>12 else '')
+def _first_names(options): return ', '.join(map(str, options[:12]))+(', …' if len(options)>12 else '')
 
-class _State(Instrument):
+class _MapState(Instrument):
     "What `Map` shows, without a picture"
     step = t.Int(0)           # Optimiser step, one of `steps`
     layer = t.Int(-1)         # In the teacher's numbers; -1 for the last
@@ -82,15 +89,17 @@ class _State(Instrument):
         self.students,self.steps = list(students),sorted({s for v in students.values() for s in v})
         self.n,self.depth = anchor.cka.n,max(anchor.cka.teacher_layers)
         self.kinds = ['']*self.n if kinds is None else list(map(str, kinds))
-        self.low = min(.9, *(_tenth_below(f.cka.diagonal.nan_to_num(1).min().item()) for film in students.values() for f in film.values()))
-        if len(self.kinds)!=self.n: raise ValueError(f'`kinds` names a group for every text: expected {self.n} names, not {len(self.kinds)}')
+        lowest = [f.cka.diagonal.nan_to_num(1).min().item() for v in students.values() for f in v.values()]
+        self.low = min(.9, *map(_tenth_below, lowest))
+        if len(self.kinds)!=self.n:
+            raise ValueError(f'`kinds` names a group for every text: expected {self.n} names, not {len(self.kinds)}')
 
     @t.validate('step', 'method', 'mode', 'student', 'other')
     def _known(self, p):
         name,v = p['trait'].name,p['value']
         if name=='mode' and v in MODES and len(self.students)==1 and v!='one': raise ValueError(f'There is only one student here: give Map a second one for mode={v!r}')
         can = dict(step=self.steps, method=METHODS, mode=MODES).get(name, self.students)
-        if v not in can: raise ValueError(f'There is no {name} {v!r}: choose one of {_some(can)}')
+        if v not in can: raise ValueError(f'There is no {name} {v!r}: choose one of {_first_names(can)}')
         return v
     @t.validate('layer')
     def _a_layer(self, p):
@@ -107,25 +116,25 @@ class _State(Instrument):
     @property
     def shown(self): return [self.student] if self.mode=='one' else [self.student,self.other]
 
-    def look(self,
+    def snapshot(self,
         name=None, # Of a student (default: the first that is shown)
         step=None, # Optimiser step (default: the one that is shown)
     )->Snapshot:
-        "The last look at a student up to a step, or its first"
-        film,step = self._students[name or self.student],self.step if step is None else step
-        return film[max((s for s in film if s<=step), default=min(film))]
+        "The last snapshot of a student up to a step, or its first"
+        trajectory,step = self._students[name or self.student],self.step if step is None else step
+        return trajectory[max((s for s in trajectory if s<=step), default=min(trajectory))]
 
     @property
     def matrix(self):
         "What the heat map shows, shape (L+1, L+1), NaN where a student has no layer: CKA, or the difference of two"
-        a,*b = [self.look(k).cka.full for k in self.shown]
+        a,*b = [self.snapshot(k).cka.full for k in self.shown]
         return a-b[0] if self.mode=='difference' else a
 
     def _flat(self, name, step=None):
         "The plane of a student at a step, computed once; or the sentence that says why there is none"
-        f = self.look(name, step)
+        f = self.snapshot(name, step)
         key = name,f.step,self.layer,self.method
-        if key not in self._seen: self._seen[key] = _laid(self._anchor, f, self.layer, self.method)
+        if key not in self._seen: self._seen[key] = _placed(self._anchor, f, self.layer, self.method)
         return self._seen[key]
 
     @property
@@ -143,9 +152,9 @@ class _State(Instrument):
         if what not in ('map','diagonal','points'): raise ValueError(f"There is no table {what!r}: choose 'map', 'diagonal' or 'points'")
         if what=='points': return self.projection.frame()
         if what=='diagonal':
-            rows = [(k,s,l,v,self.n) for k,film in self._students.items() for s,f in film.items() for l,v in zip(f.layers, f.cka.diagonal.tolist())]
+            rows = [(k,s,l,v,self.n) for k,trajectory in self._students.items() for s,f in trajectory.items() for l,v in zip(f.layers, f.cka.diagonal.tolist())]
             return pd.DataFrame(rows, columns=['name','step','layer','cka','n'])
-        both = [self.look(k).frame().assign(name=k) for k in self.shown]
+        both = [self.snapshot(k).frame().assign(name=k) for k in self.shown]
         if self.mode!='difference': return pd.concat(both, ignore_index=True)
         a,b = (o.set_index(['student','teacher']).cka for o in both)
         return pd.DataFrame({self.student:a, self.other:b, 'difference':a-b}).reset_index().assign(n=self.n)
@@ -157,7 +166,7 @@ def _plain_axes(ax, said):
     ax.text(.5, .5, literal(textwrap.fill(said, 34)), ha='center', va='center', transform=ax.transAxes, fontsize=9)
     ax.set_axis_off()
 
-class _Pictures(_State):
+class _MapPictures(_MapState):
     "The static figure and the text of the state"
     def _color(self, name):
         a,b = color_of(self.student, '#0072b2'),color_of(self.other, '#d55e00')
@@ -167,21 +176,21 @@ class _Pictures(_State):
         "Largest difference between the two students at any step"
         pair = self.student,self.other
         if pair not in self._seen:
-            self._seen[pair] = max(.02, *((self.look(pair[0], s).cka.full-self.look(pair[1], s).cka.full).abs().nan_to_num(0).max().item() for s in self.steps))
+            self._seen[pair] = max(.02, *((self.snapshot(pair[0], s).cka.full-self.snapshot(pair[1], s).cka.full).abs().nan_to_num(0).max().item() for s in self.steps))
         return self._seen[pair]
 
     def _what(self): return f"CKA ({'unbiased' if self._anchor.cka.unbiased else 'biased'}, {self.n} texts)"
-    def _title(self, name): return f'{name}, step {self.look(name).step}'
+    def _title(self, name): return f'{name}, step {self.snapshot(name).step}'
     def _axes_of(self, name): return dict(xlabel=literal(f"layer of {self._anchor.cka.teacher}"), ylabel=literal(f'layer of {name}'))
 
     def _draw_map(self, ax, name):
-        self.look(name).plot(ax=ax, title=literal(self._title(name)), **self._axes_of(name))
+        self.snapshot(name).plot(ax=ax, title=literal(self._title(name)), **self._axes_of(name))
     def _draw_difference(self, ax):
         ax = heat(self.matrix, ax=ax, cmap='RdBu_r', vmin=-self._reach(), vmax=self._reach(), title=literal(f'{self.student} minus {self.other}, step {self.step}'), label='difference of CKA', **self._axes_of('both'))
-        hatch(ax, sorted({l for k in self.shown for l in self.look(k).cka.dropped}), axis='y')
+        hatch(ax, sorted({l for k in self.shown for l in self.snapshot(k).cka.dropped}), axis='y')
     def _draw_curves(self, ax):
         for k in self.shown:
-            for f,dash in ((self.look(k, self.steps[0]), ':'), (self.look(k), '-')):
+            for f,dash in ((self.snapshot(k, self.steps[0]), ':'), (self.snapshot(k), '-')):
                 curve(f.layers, f.cka.diagonal, ax=ax, color=self._color(k), label=literal(f'{k}, step {f.step}'))
                 ax.lines[-1].set_linestyle(dash)
         ax.legend(frameon=False, fontsize=8)
@@ -210,11 +219,13 @@ class _Pictures(_State):
 
     def text(self):
         "The state in plain text"
-        out = [f'Map of {" and ".join(self._title(k) for k in self.shown)} ({len(self.steps)} looks, steps {self.steps[0]} to {self.steps[-1]}); teacher {self._anchor.cka.teacher}, {self._what()}']
+        seen = f'{len(self.steps)} evaluations, steps {self.steps[0]} to {self.steps[-1]}'
+        whom = " and ".join(self._title(k) for k in self.shown)
+        out = [f'Map of {whom} ({seen}); teacher {self._anchor.cka.teacher}, {self._what()}']
         wide = max(map(len, self.shown))
         out.append(f'{"layer":{wide}}  '+' '.join(f'{l:>5}' for l in range(self.depth+1)))
         for k in self.shown:
-            d = dict(zip(self.look(k).layers, self.look(k).cka.diagonal.tolist()))
+            d = dict(zip(self.snapshot(k).layers, self.snapshot(k).cka.diagonal.tolist()))
             out.append(f'{k:{wide}}  '+' '.join('    /' if l not in d else '    -' if d[l]!=d[l] else f'{d[l]:5.2f}' for l in range(self.depth+1)))
         return '\n'.join(out+['/ lost with its block; - the same state for every text']+[f'{k}: {self._where(k)}' for k in self.shown])
 
@@ -226,29 +237,31 @@ class _Pictures(_State):
         return f'at layer {self.layer} a text is {p.moved[1].mean().item():.2f} from where {self._fixed} has it ({self.method.upper()}, {lie})'
 
 # %% ../../nbs/lab/04_map.ipynb #c013
-def _cells(m, lost): return [[None]*len(r) if i in lost else r for i,r in enumerate(m.tolist())] # rows that a student lost are no cells
+def _known_cells(m, lost): return [[None]*len(r) if i in lost else r for i,r in enumerate(m.tolist())] # rows that a student lost are no cells
 
-class Map(_Pictures):
+class Map(_MapPictures):
     "What does training do to a student's layers, as its teacher sees them, and to the texts in them?"
     def __init__(
         self,
-        frames,       # `Snapshot`s of a student, {name: `Snapshot`s}, or a folder: of a run of Watch, or of `keep_snapshot`
-        other=None,   # A second student to compare with: its name among `frames`, or what `frames` may be
+        snapshots,    # `Snapshot`s of a student, {name: `Snapshot`s}, or a folder: of Watch, or of `keep_snapshot`
+        other=None,   # A second student to compare with: its name among `snapshots`, or what `snapshots` may be
         kinds=None,   # A group for every text, which gives its colour in the plane
         step=None,    # The step to begin with (default: the last)
         layer=-1,     # In the teacher's numbers; -1 for the last
         method='pca', # Way into the plane, one of `METHODS`
         mode=None,    # One of `MODES` (default: 'both' if there is an `other`)
     ):
-        films = _films(frames)
-        second = isinstance(other, str) and other in films
-        if isinstance(other, str) and not second and not Path(other).exists(): raise ValueError(f'There is no student {other!r}, nor a folder of that name: the students are {_some(list(films))}')
-        more = {} if other is None or second else _films(other)
-        students,anchor = _sorted(_joined(films, more))
+        trajectories = _trajectories(snapshots)
+        second = isinstance(other, str) and other in trajectories
+        if isinstance(other, str) and not second and not Path(other).exists():
+            raise ValueError(f'There is no student {other!r}, nor a folder of that name: '
+                             f'the students are {_first_names(list(trajectories))}')
+        more = {} if other is None or second else _trajectories(other)
+        students,anchor = _sorted_snapshots(_joined_students(trajectories, more))
         self._begin(students, anchor, kinds)
         super().__init__()
         names = self.students
-        added = [k for k in names if k not in films]
+        added = [k for k in names if k not in trajectories]
         two = other if second else added[0] if added else names[min(1, len(names)-1)]
         self.student,self.other = next((k for k in names if k!=two), two),two
         self.step,self.layer,self.method = self.steps[-1] if step is None else int(step),int(layer),method
@@ -289,11 +302,11 @@ class Map(_Pictures):
     def _player(self, w):
         "The slider through the steps, and the button that moves it"
         last = len(self.steps)-1
-        if not last: return w.HTML(f'One look, at step {self.step}')
+        if not last: return w.HTML(f'One evaluation, at step {self.step}')
         play = w.Play(min=0, max=last, value=self.steps.index(self.step), interval=900, tooltip='Play through the steps')
         play.observe(self.guard(lambda c: self.set_trait('step', self.steps[c['new']])), 'value')
         self.observe(lambda c: play.set_trait('value', self.steps.index(c['new'])), 'step')
-        return w.HBox(layout=dict(align_items='center'), children=[play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the look', layout=dict(width='22em', margin='0 1em 0 0'), style=dict(description_width='initial')))])
+        return w.HBox(layout=dict(align_items='center'), children=[play, self.bind('step', w.SelectionSlider(options=self.steps, description='Step', tooltip='Optimiser steps before the evaluation', layout=dict(width='22em', margin='0 1em 0 0'), style=dict(description_width='initial')))])
 
     def _pick_layer(self, change):
         if change['new']: self.layer = int(self._curves.series[change['new'][0]]['x'][change['new'][1]])
@@ -313,32 +326,32 @@ class Map(_Pictures):
         apart = self.mode=='difference'
         self._cells[1].layout.display = None if self.mode=='both' else 'none'
         for g,said,k in zip(self._maps, self._said, self.shown):
-            f = self.look(k)
+            f = self.snapshot(k)
             with g.hold_sync():
                 g.vmin,g.vmax,g.palette,g.under = (-self._reach(),self._reach(),palette('RdBu_r'),'') if apart else (0.,1.,palette(),'#56b4e9')
-                g.hatched_rows = sorted({l for o in (self.shown if apart else [k]) for l in self.look(o).cka.dropped})
-                g.values = _cells(self.matrix if apart else f.cka.full, g.hatched_rows)
+                g.hatched_rows = sorted({l for o in (self.shown if apart else [k]) for l in self.snapshot(o).cka.dropped})
+                g.values = _known_cells(self.matrix if apart else f.cka.full, g.hatched_rows)
                 g.row_title,g.label = ('layer of both','Difference of CKA') if apart else (f'layer of {k}',f'CKA, {self.n} texts')
             said.value = f"<b>{esc(f'{self.student} minus {self.other}, step {self.step}' if apart else self._title(k))}</b>"+''.join(f'<br>{esc(o)}' for o in f.cka.blank if f.cka.student in o)
             if apart: break
 
     def _show_curves(self):
-        first = [(k, self.look(k, self.steps[0]), True) for k in self.shown]
-        now = [(k, self.look(k), False) for k in self.shown]
+        first = [(k, self.snapshot(k, self.steps[0]), True) for k in self.shown]
+        now = [(k, self.snapshot(k), False) for k in self.shown]
         self._curves.series = [dict(name='' if dash else f'{k}, step {f.step}', color=self._color(k), x=list(f.layers), y=f.cka.diagonal.tolist(), dash=dash) for k,f,dash in now+first]
 
     def _show_layer(self):
         "The layer, in the maps and on the curve"
         for g in self._maps:
             if not g.selected or g.selected[0]!=self.layer: g.selected = [self.layer, self.layer]
-        f = self.look()
+        f = self.snapshot()
         self._curves.selected = [0, f.layers.index(self.layer)] if self.layer in f.layers else []
 
     # the plane
     def _wanted(self):
         "What the plane needs and was not computed yet, the step that is shown first"
         steps = sorted(self.steps, key=lambda s: s!=self.step)
-        keys = dict.fromkeys((k,self.look(k, s).step,self.layer,self.method) for s in steps for k in self.shown)
+        keys = dict.fromkeys((k,self.snapshot(k, s).step,self.layer,self.method) for s in steps for k in self.shown)
         return [o for o in keys if o not in self._seen]
 
     def _ask(self):
@@ -349,16 +362,16 @@ class Map(_Pictures):
         try:
             for i,key in enumerate(todo):
                 name,step,layer,method = key
-                self.doing,self.progress = f'{method.upper()} of layer {layer}: {i} of {len(todo)} looks',i/len(todo)
-                self._seen[key] = _laid(self._anchor, self._students[name][step], layer, method)
+                self.doing,self.progress = f'{method.upper()} of layer {layer}: {i} of {len(todo)} evaluations',i/len(todo)
+                self._seen[key] = _placed(self._anchor, self._students[name][step], layer, method)
                 yield key
         finally: self.doing,self.progress = '',0.
 
     def _filled(self, key):
         "A plane is there: draw it if it is the one that is looked at"
-        if key in [(k,self.look(k).step,self.layer,self.method) for k in self.shown]: self._show_plane()
+        if key in [(k,self.snapshot(k).step,self.layer,self.method) for k in self.shown]: self._show_plane()
 
-    def _ready(self, name, step=None): return self._seen.get((name,self.look(name, step).step,self.layer,self.method))
+    def _ready(self, name, step=None): return self._seen.get((name,self.snapshot(name, step).step,self.layer,self.method))
 
     def _show_plane(self):
         "Called by the hand and by the worker, one at a time"

@@ -63,7 +63,7 @@ class Limits:
     max_length:int=512 # Longest text in tokens
 
 # %% ../../nbs/lab/01_picker.ipynb #c009
-_OF_BLOCKS = [k for k,m in MEASURES.items() if m.scores in ('spans','blocks')]
+_OF_BLOCKS = [k for k,m in MEASURES.items() if m.texts and m.scores in ('spans','blocks')]
 _EXACT_METRICS = {'loss after the cut':'exact loss', 'divergence after the cut':'exact KL'}
 
 def _is_exact(measure): return measure in _EXACT_METRICS.values()

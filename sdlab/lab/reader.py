@@ -25,9 +25,9 @@ from ..heal.rewrite import BANNED,decided_row,ledger_records,prompt_text,ledger,
 from .widgets import Chart,Instrument,asset_text
 
 # %% ../../nbs/lab/02_reader.ipynb #c007
-_MADE = {'prompt', 'completion', 'reference', 'source', 'reason', 'written', 'ended'}
+_MADE_COLUMNS = {'prompt', 'completion', 'reference', 'source', 'reason', 'written', 'ended'}
 
-def _as_written(row, rule):
+def _row_as_written(row, rule):
     "A row of any set with the columns that `rewrite` makes"
     said = row['completion'] or ''
     ref = row.get('reference') or said
@@ -37,68 +37,68 @@ def _as_written(row, rule):
     reason = row.get('reason') or (verdict(written, ref, rule)[1] if written else 'as given')
     return {**row, **dict(completion=said, reference=ref, source=source, reason=reason, written=written, ended=row.get('ended') is not False)}
 
-def _of_ledger(folder, rule):
+def _rows_of_ledger(folder, rule):
     "The rows of a ledger as `rewrite` decides them"
     ledger(folder) # says what is wrong, if something is
     return [decided_row(r['prompt'], r['reference'], r, rule, BANNED, False) for r in ledger_records(folder).values()]
 
-def _opened(data, rule):
+def _opened_rows(data, rule):
     "Rows of whatever `data` is"
     if rule!='auto': check_rule(rule)
-    if isinstance(data, (str, Path)) and Path(data).is_dir(): return _of_ledger(data, rule)
-    ds = data if set(getattr(data, 'column_names', None) or [])>=_MADE else read_rows(data) # what rewrite made is in form
+    if isinstance(data, (str, Path)) and Path(data).is_dir(): return _rows_of_ledger(data, rule)
+    ds = data if set(getattr(data, 'column_names', None) or [])>=_MADE_COLUMNS else read_rows(data) # what rewrite made is in form
     if 'prompt' not in ds.column_names: raise ValueError('A Reader shows questions with answers, and these rows are plain texts: rewrite them first, or give prompt and completion.')
-    return [_as_written(dict(zip(ds.column_names, r)), rule) for r in zip(*ds[:].values())]
+    return [_row_as_written(dict(zip(ds.column_names, r)), rule) for r in zip(*ds[:].values())]
 
 # %% ../../nbs/lab/02_reader.ipynb #c010
 _LONG = 4000 # Characters of a text that a page shows
 _BRACKETS = dict(ins=('{+', '+}'), **{'del':('[-', '-]')})
 
-def _cut(text): return text if len(text)<=_LONG else text[:_LONG]+f' … ({len(text)-_LONG:,} more characters; .rows has them all)'
+def _shortened_text(text): return text if len(text)<=_LONG else text[:_LONG]+f' … ({len(text)-_LONG:,} more characters; .rows has them all)'
 
-def _struck(tag, words):
+def _marked_words(tag, words):
     "Words that one of two texts has alone; the white space after them is not marked"
     bare,(a,b) = words.rstrip(),_BRACKETS[tag]
     return f'<{tag}><small>{a}</small>{html.escape(bare)}<small>{b}</small></{tag}>{words[len(bare):]}' if bare else words
 
 @lru_cache(2048)
-def _sides(old, new):
+def _side_by_side(old, new):
     "Two texts as HTML, what went marked in the first and what came marked in the second"
     parts = [(op=='equal', a, b) for op,a,b in aligned(old, new)]
-    return tuple(''.join(html.escape(w[i]) if same else _struck(tag, w[i]) for same,*w in parts) for i,tag in enumerate(('del', 'ins')))
+    return tuple(''.join(html.escape(w[i]) if same else _marked_words(tag, w[i]) for same,*w in parts) for i,tag in enumerate(('del', 'ins')))
 
-def _both(row, marked):
+def _two_versions(row, marked):
     "Reference and rewrite of a row as HTML"
-    ref,own = _cut(row['reference']),_cut(row['written'])
-    return _sides(ref, own) if marked and own.strip() else (html.escape(ref), html.escape(own))
+    ref,own = _shortened_text(row['reference']),_shortened_text(row['written'])
+    return _side_by_side(ref, own) if marked and own.strip() else (html.escape(ref), html.escape(own))
 
 # %% ../../nbs/lab/02_reader.ipynb #c012
 MARKS = dict(keep='kept by hand', drop='dropped by hand', reference='reference taken by hand', rewrite='rewrite taken by hand')
 _ACTS = dict(keep='Keep', drop='Drop', reference='Take the reference', rewrite='Take the rewrite')
 
-def _edited(row, mark):
+def _row_after_mark(row, mark):
     "A row after a hand has been at it"
     if mark=='reference': return {**row, **dict(completion=row['reference'], source='reference', reason=MARKS[mark], ended=True)}
     if mark=='rewrite': return {**row, **dict(completion=row['written'], source='teacher', reason=MARKS[mark], ended=row['reason']!='cut off')}
     return row
 
-def _choices(row):
+def _possible_marks(row):
     "What can be done with a row: taking what it reads already is no choice"
     other = ['reference'] if row['source']!='reference' else ['rewrite'] if row['written'].strip() else []
     return ['keep', 'drop', *other]
 
-def _why(row, mark):
+def _row_reason(row, mark):
     "Whose words a row has, and why"
     kept = "in the teacher's words" if row['source']=='teacher' else 'in the words of the reference'
     return f'{kept}: {row["reason"]}' + (f'; {MARKS[mark]}' if mark else '')
 
-def _buttons(i, row, mark):
+def _row_buttons(i, row, mark):
     one = lambda o: f'<button type="button" data-act="{o}" data-row="{i}" aria-pressed="{str(o==mark).lower()}" aria-label="{_ACTS[o]}, row {i}">{_ACTS[o]}</button>'
-    return f'<span class="sdlab-acts" role="group" aria-label="Decide on row {i}">{"".join(map(one, _choices(row)))}</span>'
+    return f'<span class="sdlab-acts" role="group" aria-label="Decide on row {i}">{"".join(map(one, _possible_marks(row)))}</span>'
 
-def _side(name, said, read): return f'<div class="{"sdlab-read" if read else "sdlab-other"}"><div class="sdlab-name">{name}{" (the student reads this)" if read else ""}</div><div class="sdlab-said" dir="auto">{said}</div></div>'
+def _side_html(name, said, read): return f'<div class="{"sdlab-read" if read else "sdlab-other"}"><div class="sdlab-name">{name}{" (the student reads this)" if read else ""}</div><div class="sdlab-said" dir="auto">{said}</div></div>'
 
-def _row_html(
+def _reader_row_html(
     i,           # Number of the row
     row,         # As `rewrite` makes it
     mark='',     # One of `MARKS`, or ''
@@ -107,14 +107,14 @@ def _row_html(
     acts=True,   # With buttons?
 ):               # HTML; every text in it is escaped
     "One row to be read"
-    (ref,own),now = _both(row, marked),_edited(row, mark)['source']
-    sides = [_side('reference', ref, mark!='drop' and now!='teacher')] + ([_side("the teacher's rewrite", own, mark!='drop' and now=='teacher')] if row['written'].strip() else [])
-    return (f'<article class="sdlab-row" tabindex="0" data-mark="{mark}" aria-label="row {i}, {html.escape(_why(row, mark), quote=True)}"><div class="sdlab-head"><b>row {i}</b>'
-            f'<span class="sdlab-why">{html.escape(_why(row, mark))}</span><span class="sdlab-facts">{html.escape(facts)}</span>{_buttons(i, row, mark) if acts else ""}</div>'
-            f'<div class="sdlab-ask" dir="auto">{html.escape(_cut(prompt_text(row["prompt"])))}</div><div class="sdlab-two">{"".join(sides)}</div></article>')
+    (ref,own),now = _two_versions(row, marked),_row_after_mark(row, mark)['source']
+    sides = [_side_html('reference', ref, mark!='drop' and now!='teacher')] + ([_side_html("the teacher's rewrite", own, mark!='drop' and now=='teacher')] if row['written'].strip() else [])
+    return (f'<article class="sdlab-row" tabindex="0" data-mark="{mark}" aria-label="row {i}, {html.escape(_row_reason(row, mark), quote=True)}"><div class="sdlab-head"><b>row {i}</b>'
+            f'<span class="sdlab-why">{html.escape(_row_reason(row, mark))}</span><span class="sdlab-facts">{html.escape(facts)}</span>{_row_buttons(i, row, mark) if acts else ""}</div>'
+            f'<div class="sdlab-ask" dir="auto">{html.escape(_shortened_text(prompt_text(row["prompt"])))}</div><div class="sdlab-two">{"".join(sides)}</div></article>')
 
 # %% ../../nbs/lab/02_reader.ipynb #c015
-def _keys(rows):
+def _row_keys(rows):
     "A name for the content of every row; a repeated row has its count behind it"
     seen,out = {},[]
     for r in rows:
@@ -157,7 +157,7 @@ class _Decisions:
         if self.path: _write_marks(self.path, {self.keys[i]:m for i,m in new.items()})
 
 # %% ../../nbs/lab/02_reader.ipynb #c018
-class _Numbers:
+class _RowNumbers:
     "Numbers of every row, for what annotators wrote (`reference`) and what the teacher wrote (`rewrite`); NaN where there is none, or none yet"
     def __init__(self, rows):
         self.rows,n = rows,len(rows)
@@ -230,7 +230,7 @@ _STYLE = dict(reference=dict(color=COLORS['sft'], linestyle='--'), rewrite=dict(
 
 _RANGE = dict(similarity=(0, 1), own=(0, 1)) # a likeness is shown whole
 
-def _spread(values, span=None, bins=16):
+def _histogram(values, span=None, bins=16):
     "Edges of bins, and per name the percentage of its values in each; `None` where nothing was measured"
     real = {k:v[np.isfinite(v)] for k,v in values.items()}
     if not sum(map(len, real.values())): return None,{}
@@ -240,10 +240,10 @@ def _spread(values, span=None, bins=16):
 # %% ../../nbs/lab/02_reader.ipynb #c024
 _SORTS = dict(order='order of the set', length='words', likelihood='surprise of the teacher', similarity='likeness to the reference', own="likeness to the teacher's own answer")
 _HANDS = {'':'all rows', 'any':'marked by hand', 'none':'not marked yet', 'keep':'kept', 'drop':'dropped', 'reference':'reference taken', 'rewrite':'rewrite taken'}
-_MEASURES = dict(likelihood='Measure the likelihood', answers="Ask for the teacher's own answers")
-_DOES = dict(likelihood='Likelihood under the teacher', answers="The teacher's own answers", likeness='Likeness of rewrites and references')
+_MEASURE_BUTTONS = dict(likelihood='Measure the likelihood', answers="Ask for the teacher's own answers")
+_MEASURE_WORDS = dict(likelihood='Likelihood under the teacher', answers="The teacher's own answers", likeness='Likeness of rewrites and references')
 
-class _Chosen(Instrument):
+class _Selection(Instrument):
     "Which rows are shown, in which order: a function of a few plain values"
     search = t.Unicode('')               # Rows in which this occurs, in whatever case
     reason = t.Unicode('')               # Rows of this reason; '' for all
@@ -260,7 +260,7 @@ class _Chosen(Instrument):
     def _begin(self, rows, marks, teacher, state):
         if unknown := set(state)-set(self.trait_names()): raise TypeError(f'A Reader has no {sorted(unknown)[0]!r}: it begins with search, reason, mark, sort, descending, page, per_page, marked and shows.')
         self._rows,self.teacher,self._at = rows,teacher,np.arange(len(rows))
-        self._by,self._num = _Decisions(_keys(rows), None if marks is None else Path(marks)),_Numbers(rows)
+        self._by,self._num = _Decisions(_row_keys(rows), None if marks is None else Path(marks)),_RowNumbers(rows)
         self._why = pd.Series([r['reason'] for r in rows], dtype=object)
         self._low = pd.Series(['\0'.join((prompt_text(r['prompt']), r['reference'], r['completion'], r['written'])).casefold() for r in rows], dtype=object)
         t.HasTraits.__init__(self, **state)
@@ -303,14 +303,14 @@ class _Chosen(Instrument):
     def _compared(self, what):
         "Have the likenesses been taken? If not, they are from now on, in the background"
         left = what=='similarity' and not self.closed and bool(self._num.unlike())
-        if left and _DOES['likeness'] not in self.doing: self.measure('likeness')
+        if left and _MEASURE_WORDS['likeness'] not in self.doing: self.measure('likeness')
         return not left
     def _missing(self):
         "Why the rows are not sorted"
         if self.sort=='similarity': return 'Not sorted: nothing in this set was rewritten.'
         if self.teacher is None: return 'Not sorted: that needs the teacher, Reader(data, teacher).'
         which = 'likelihood' if self.sort=='likelihood' else 'answers'
-        return f'Not sorted yet: press "{_MEASURES[which]}", or call measure({which!r}).'
+        return f'Not sorted yet: press "{_MEASURE_BUTTONS[which]}", or call measure({which!r}).'
 
     @property
     def reasons(self):
@@ -325,7 +325,7 @@ class _Chosen(Instrument):
     @property
     def view(self):
         "All rows that the filters let through, in the order in which they are shown, as a DataFrame indexed by row number; marks are applied, and what was not measured is NaN"
-        now,marks,read = [_edited(self._rows[i], self._by.marks.get(i, '')) for i in self._at],self._by.marks,lambda k: self._num.read(k, self._by.marks)[self._at]
+        now,marks,read = [_row_after_mark(self._rows[i], self._by.marks.get(i, '')) for i in self._at],self._by.marks,lambda k: self._num.read(k, self._by.marks)[self._at]
         df = pd.DataFrame({c:[r[c] for r in now] for c in ('prompt','completion','reference','written','source','reason')}, index=pd.Index(self._at, name='row'))
         return df.assign(mark=[marks.get(i, '') for i in self._at], words=read('length'), likeness=read('similarity'), nats_per_token=read('likelihood'), likeness_own=read('own'))
     def frame(self):
@@ -341,7 +341,7 @@ def _numbers_of(rows, n):
         if not 0<=i<n: raise ValueError(f'There is no row {i}: this set has the rows 0 to {n-1}.')
     return [int(i) for i in at]
 
-class _Edited(_Chosen):
+class _Editor(_Selection):
     "What a hand decides, and the set that comes of it"
     @property
     def marks(self):
@@ -350,7 +350,7 @@ class _Edited(_Chosen):
     @property
     def rows(self):
         "The set as edited, a `Dataset` with the columns that `rewrite` makes and those that the rows had besides"
-        left = [_edited(r, self._by.marks.get(i, '')) for i,r in enumerate(self._rows) if self._by.marks.get(i)!='drop']
+        left = [_row_after_mark(r, self._by.marks.get(i, '')) for i,r in enumerate(self._rows) if self._by.marks.get(i)!='drop']
         if not left: raise ValueError('Every row was dropped, so there is nothing to read: undo, or keep some.')
         return dataset_of(left)
     def _then(self, f, *args):
@@ -400,7 +400,7 @@ class _Edited(_Chosen):
         return self
 
 # %% ../../nbs/lab/02_reader.ipynb #c028
-class _Page(anywidget.AnyWidget):
+class _RowPage(anywidget.AnyWidget):
     "A page of rows with buttons; a click or a key says which row it meant"
     _esm = asset_text('common.js', 'reader.js')
     _css = asset_text('reader.css')
@@ -408,26 +408,26 @@ class _Page(anywidget.AnyWidget):
     page = t.Int(1).tag(sync=True)
     label = t.Unicode('').tag(sync=True)
 
-def _plain(said): return ' '.join(html.unescape(re.sub('<[^>]*>', '', said)).split())[:300]
+def _spoken_text(said): return ' '.join(html.unescape(re.sub('<[^>]*>', '', said)).split())[:300]
 
 def _row_text(i, row, mark, facts, marked):
     "One row for a terminal"
-    ref,own = map(_plain, _both(row, marked))
-    return [f'[{i}] {_why(row, mark)} ({facts})', f"    asked      {_plain(html.escape(prompt_text(row['prompt'])))}", f'    reference  {ref}'] + [f'    rewrite    {own}']*bool(own)
+    ref,own = map(_spoken_text, _two_versions(row, marked))
+    return [f'[{i}] {_row_reason(row, mark)} ({facts})', f"    asked      {_spoken_text(html.escape(prompt_text(row['prompt'])))}", f'    reference  {ref}'] + [f'    rewrite    {own}']*bool(own)
 
-def _lines(series, span):
+def _histogram_series(series, span):
     "Distributions as lines of a chart"
-    edges,share = _spread(series, span)
+    edges,share = _histogram(series, span)
     return [dict(name=k, x=(edges[1:]+edges[:-1])/2, y=v, color=_STYLE[k]['color'], dash=k=='reference', labels=[f'{y:.1f} % between {a:.3g} and {b:.3g}' for y,a,b in zip(v, edges, edges[1:])]) for k,v in share.items()]
 
-def _button(label, f, tip=''):
+def _reader_button(label, f, tip=''):
     import ipywidgets as w
     b = w.Button(description=label, tooltip=tip or label, layout=dict(width='auto'))
     b.on_click(lambda _: f())
     return b
 
 # %% ../../nbs/lab/02_reader.ipynb #c029
-class Reader(_Edited):
+class Reader(_Editor):
     "What will the student read? A set row by row, differences marked, to be searched, sorted and edited; `rows` is the set as edited"
     def __init__(self,
         data,               # What `rewrite` gave, the folder of its ledger, or any rows with prompt and completion (and reference)
@@ -439,15 +439,15 @@ class Reader(_Edited):
         **state             # Where to begin: search, reason, mark, sort, descending, page, per_page, marked, shows
     ):
         self._lm,self._size,self._limit,self._seen = None,batch_size,max_new_tokens,0.
-        self._begin(_opened(data, rule), marks, teacher, state)
+        self._begin(_opened_rows(data, rule), marks, teacher, state)
 
     def measure(self,
         *what # 'likelihood' (of references and rewrites), 'answers' (the teacher's own), 'likeness' (needs no teacher); the first two if none is named
     ):
         "Measure in the background; `wait()` until it is done"
-        if bad := set(what)-set(_DOES): raise ValueError(f'There is no measure {sorted(map(str, bad))[0]!r}: choose {", ".join(_DOES)}.')
+        if bad := set(what)-set(_MEASURE_WORDS): raise ValueError(f'There is no measure {sorted(map(str, bad))[0]!r}: choose {", ".join(_MEASURE_WORDS)}.')
         if self.teacher is None and what!=('likeness',): raise ValueError('Likelihoods and own answers need the teacher: Reader(data, teacher).')
-        for k in what or _MEASURES: self.worker.long(self._measuring(k), step=self._step, then=lambda _: self._choose(self.page), key=k)
+        for k in what or _MEASURE_BUTTONS: self.worker.long(self._measuring(k), step=self._step, then=lambda _: self._choose(self.page), key=k)
         return self
     def _asking(self, what):
         "What a measure goes through; the teacher is a view of its own, so that two instruments never meet in one model"
@@ -457,9 +457,9 @@ class Reader(_Edited):
     def _measuring(self, what):
         "The steps of a measure, told to whoever looks"
         try:
-            self.progress,self.doing = 0.,f'{_DOES[what]}: beginning'
+            self.progress,self.doing = 0.,f'{_MEASURE_WORDS[what]}: beginning'
             for done,n in self._asking(what):
-                self.progress,self.doing = done/max(n, 1),f'{_DOES[what]}: {done:,} of {n:,}'
+                self.progress,self.doing = done/max(n, 1),f'{_MEASURE_WORDS[what]}: {done:,} of {n:,}'
                 yield what
         finally: self.doing = ''
     def _step(self, _):
@@ -468,11 +468,11 @@ class Reader(_Edited):
 
     def _facts(self, i):
         "Numbers of a row in words"
-        now = _edited(self._rows[i], self._by.marks.get(i, ''))
+        now = _row_after_mark(self._rows[i], self._by.marks.get(i, ''))
         said = [f"{len(now['completion'].split()):,} words"] + ([] if np.isnan(like := self._num.like(i)) else [f'likeness {like:.2f}'])
         nats = [f'{k} {v[i]:.2f}' for k,v in self._num.likelihood.items() if not np.isnan(v[i])]
         return ', '.join(said + [f'nats per token: {", ".join(nats)}']*bool(nats))
-    def _items(self, acts=True): return [_row_html(i, self._rows[i], self._by.marks.get(i, ''), self._facts(i), self.marked, acts) for i in self.shown]
+    def _items(self, acts=True): return [_reader_row_html(i, self._rows[i], self._by.marks.get(i, ''), self._facts(i), self.marked, acts) for i in self.shown]
     @property
     def answers(self):
         "What the teacher says with no reference before it: row -> text, as far as it was asked"
@@ -500,7 +500,7 @@ class Reader(_Edited):
         "How one number is distributed over the rows that pass: references dashed, rewrites in full"
         if (what := what or self.shows) not in SHOWS: raise ValueError(f'There is no distribution {what!r}: choose one of {", ".join(SHOWS)}.')
         ax,values = axes_or_new(ax),self._values(what)
-        edges,share = _spread(values, _RANGE.get(what))
+        edges,share = _histogram(values, _RANGE.get(what))
         for k,v in share.items(): ax.stairs(v, edges, lw=1.8, label=f'{k} (median {np.nanmedian(values[k]):.3g})', **_STYLE[k])
         if share: ax.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0)
         else: ax.text(.5, .5, 'not measured', ha='center', transform=ax.transAxes)
@@ -509,7 +509,7 @@ class Reader(_Edited):
     def _now(self, i):
         "Whose words the student reads in row `i`, and why"
         m = self._by.marks.get(i, '')
-        return ('dropped', MARKS[m]) if m=='drop' else (lambda r: (r['source'], r['reason']))(_edited(self._rows[i], m))
+        return ('dropped', MARKS[m]) if m=='drop' else (lambda r: (r['source'], r['reason']))(_row_after_mark(self._rows[i], m))
     def _reasons(self, ax):
         "Rows by reason, as they stand now; the colour says whose words they have"
         now = pd.Series([self._now(i) for i in self._at], dtype=object).value_counts()
@@ -539,15 +539,15 @@ class Reader(_Edited):
         "Bring the widgets up to date; none is made anew"
         page.max,sheet.label,sheet.items,sheet.page = self.pages,self.said(),self._items(),self.page
         told.value = f'<div role="status" aria-live="polite">{html.escape(self.said())} <b>{html.escape(self.note)}</b></div>'
-        chart.series,chart.xlabel,chart.ylabel,chart.label = _lines(self._values(self.shows), _RANGE.get(self.shows)),SHOWS[self.shows],'% of texts','References against rewrites'
+        chart.series,chart.xlabel,chart.ylabel,chart.label = _histogram_series(self._values(self.shows), _RANGE.get(self.shows)),SHOWS[self.shows],'% of texts','References against rewrites'
         bare.value = '' if chart.series else 'Nothing of this was measured in the rows shown.'
     def build(self):
         import ipywidgets as w
         row,wide = lambda o: w.HBox(o, layout=dict(flex_flow='row wrap')),dict(width='19em')
         pick = lambda name, options, label: self.bind(name, w.Dropdown(options=[(v, k) for k,v in options.items()], description=label, layout=wide))
         tick = lambda name, label: self.bind(name, w.Checkbox(description=label, indent=False, layout=dict(width='auto', margin='0 1em')))
-        press = lambda label, f, tip='': _button(label, self.guard(f), tip)
-        sheet,chart,told,bare,page = _Page(),Chart(width=380, height=230),w.HTML(),w.HTML(),w.BoundedIntText(min=1, max=self.pages, description='page', layout=dict(width='11em'))
+        press = lambda label, f, tip='': _reader_button(label, self.guard(f), tip)
+        sheet,chart,told,bare,page = _RowPage(),Chart(width=380, height=230),w.HTML(),w.HTML(),w.BoundedIntText(min=1, max=self.pages, description='page', layout=dict(width='11em'))
         show = lambda _=None: self._show(sheet, chart, told, page, bare)
         show()
         self.observe(self.guard(show), 'turn')
@@ -555,6 +555,6 @@ class Reader(_Edited):
         find = row([self.bind('search', w.Text(description='search', placeholder='text that occurs', layout=wide)), pick('reason', {'':f'all ({len(self):,})', **{k:f'{k} ({n:,})' for k,n in self.reasons.items()}}, 'reason'), pick('mark', _HANDS, 'by hand')])
         sort = row([pick('sort', _SORTS, 'sort by'), tick('descending', 'largest first'), tick('marked', 'mark the differences')])
         turn = row([press('◀ previous', lambda: self.set_trait('page', self.page-1)), self.bind('page', page), press('next ▶', lambda: self.set_trait('page', self.page+1)), press('undo', self.undo, 'Take the last mark back')])
-        ask = [press(v, lambda k=k: self.measure(k), f'{_DOES[k]}, in the background') for k,v in _MEASURES.items()] if self.teacher is not None else []
+        ask = [press(v, lambda k=k: self.measure(k), f'{_MEASURE_WORDS[k]}, in the background') for k,v in _MEASURE_BUTTONS.items()] if self.teacher is not None else []
         side = w.VBox([pick('shows', SHOWS, 'numbers'), chart, bare, *ask], layout=dict(width='25em'))
         return w.VBox([find, sort, turn, told, self.status(), row([w.Box([sheet], layout=dict(flex='1 1 34em', min_width='20em', display='block')), side])])

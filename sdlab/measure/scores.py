@@ -125,14 +125,12 @@ class Scores:
     )->Plan:
         "The units that matter least, as a plan that says why"
         return best_plan(self, n, share, even)
-    def spans(self)->'Scores':
-        "The same of every span: the sum over its blocks, with the most that its error can be; spans are given back"
-        return self if self.of_spans else summed_spans(self)
+    def spans(self): return self if self.of_spans else summed_spans(self) # the sum over the blocks of each
     def frame(self):
-        "One row per span or unit: `metric`, `part`, `first` (this model's number), `size`, `value`, `stderr`, `n` texts"
+        "One row per span or unit: `metric`, `part`, `first` (in this model), `size`, `value`, `stderr`, `n` texts"
         return score_table(self)
     def plot(self, ax=None, best=True, **kwargs):
-        "Spans: a triangle, the best of each size marked; blocks: bars; units: a map. `kwargs` go to `ax.set`"
+        "Spans: a triangle, the best of each size marked; blocks: bars; units: a map"
         return plot_scores(self, ax, best, **kwargs)
     def __repr__(self):
         of = self.what if not self.of_spans else 'spans' if self.part=='block' else f'spans of {self.what}'
@@ -205,12 +203,12 @@ def score_places(s):
 def score_table(s):
     "The table of `Scores.frame`"
     import pandas as pd
-    e = torch.full_like(s.values, float('nan')) if s.stderr is None else s.stderr
-    at = score_places(s)
+    at,e = score_places(s),s.values*math.nan if s.stderr is None else s.stderr
     found = dict(size=[i[1]+1 if s.of_spans else 1 for i in at])
     found |= {k:[v[i].item() for i in at] for k,v in (('value', s.values), ('stderr', e))}
-    unit = dict(unit=[i[1] for i in at]) if s.of_units else {}
-    return pd.DataFrame(dict(metric=s.metric, part=s.part, first=[i[0] for i in at], **unit, **found, n=s.texts))
+    if s.of_units: found = dict(unit=[i[1] for i in at], **found)
+    of = dict(metric=s.metric, part=s.part, first=[i[0] for i in at])
+    return pd.DataFrame(of|found|dict(n=s.texts))
 
 def plot_scores(s, ax=None, best=True, **kwargs):
     "The picture of `Scores.plot`"
@@ -222,10 +220,10 @@ def plot_scores(s, ax=None, best=True, **kwargs):
 
 def plot_spans(s, ax, best, **kwargs):
     "The triangle of spans"
-    first = 'first block dropped' if s.part=='block' else f'first block that loses its {s.unit}'
-    words = {'xlabel':first, 'ylabel':f'{s.what} dropped', 'ylim':(.5,s.L+.5)}
+    first = 'dropped' if s.part=='block' else f'that loses its {s.unit}'
+    words = dict(xlabel=f'first block {first}', ylabel=f'{s.what} dropped', ylim=(.5,s.L+.5))
     if s.numbers!=tuple(range(s.L)): words |= dict(xticks=range(s.L), xticklabels=s.numbers)
-    grid = F.pad(s.values.T, (0,0,1,0), value=float('nan'))            # a row for size 0, so that y is the size
+    grid = F.pad(s.values.T, (0,0,1,0), value=math.nan) # row 0, so that y is the size
     ax = heat(grid, ax=ax, label=s.metric, **words|kwargs)
     return mark_best(s, ax) if best else ax
 
@@ -236,12 +234,12 @@ def mark_best(s, ax):
 
 def best_table(s):
     "What is best to drop, in Markdown"
-    counts = {n:n for n in [n for n in s.sizes if n<=4 or n%2==0][:8]}
+    counts = {n:n for n in [k for k in s.sizes if k<5 or k%2==0][:8]}
     if s.of_units: counts = {f'{k:.0%}':n for k in (.1,.3,.5) if (n := int(k*s.shape.total))}
     def row(k, n): return f'| {k} | `{s.best(n).strip}` | {s.shape.highest(s.shape.lowest(n)):.3g} |'
     rows = [row(*o) for o in counts.items()]
-    head = f'**{s!r}**; best to drop\n\n| {s.what} | which | score |\n|---|---|---|'
-    return '\n'.join([head, *rows])
+    head = f'**{s!r}**; best to drop\n\n| {s.what} | which | score |\n|---|---|---|\n'
+    return head+'\n'.join(rows)
 
 # %% ../../nbs/measure/01_scores.ipynb #c014
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ MEASURES = {m.name:m for m in (
     Measure('block influence', 'influence', IMPORTANCE+'influence', 'blocks',
             '1 - cos of what enters and what leaves a block', IMPORTANCE+'importance', 'influence'),
     Measure('relative update', 'update', IMPORTANCE+'relative_update', 'spans',
-            'the length of what a span adds, relative to what it was given', IMPORTANCE+'importance', 'relative_update'),
+            'the length of what a span adds, relative to its input', IMPORTANCE+'importance', 'relative_update'),
     Measure('deepest', 'deepest', IMPORTANCE+'deepest', 'blocks',
             'the deepest blocks but the last go first', texts=False),
     Measure('random', 'random', IMPORTANCE+'random_spans', 'spans',
@@ -294,7 +292,7 @@ def measure_named(
     if name in known: return known[name]
     if ':' in str(name): return Measure(name, name, name, 'units', 'your own')
     near = difflib.get_close_matches(str(name), known, 1)
-    hint = f'did you mean {near[0]!r}?' if near else f'expected one of {", ".join(MEASURES)}'
+    hint = f'did you mean {near[0]!r}?' if near else f'expected {", ".join(MEASURES)}'
     raise ValueError(f'There is no measure {name!r}: {hint}')
 
 def _known(f, kwargs):

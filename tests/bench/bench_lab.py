@@ -146,7 +146,7 @@ def picker_rows(b):
     b.s.kernel.ask('small.wait(300) is None', seconds=300)
     box = b.box('.sdlab-tried', 0)
     slider = box.get_by_role('slider').first
-    settle = lambda: b.s.until('small.cut in small._known and small.answers["cut"]!=""', 60)
+    settle = lambda: b.s.until('small.cut in small._known and small.answers["student"]!=""', 60)
     slider.focus()
     now = b.times(box, ['ArrowRight']*9, CELL.replace('{what}', 'Parameters'), settle=settle)
     b.s.kernel.ask(do='small.pick(3, 1)')
