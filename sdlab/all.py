@@ -48,7 +48,7 @@ from .lab.reader import Reader
 from .lab.watch import Watch
 from .lab.map import Map
 from .lab.compare import Compare
-from .lab.workflow import road
+from .lab.workflow import workflow
 
 # %% ../nbs/90_all.ipynb #c005
 __all__ = [o for o in dir() if not o.startswith('_')]

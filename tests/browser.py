@@ -138,7 +138,7 @@ class House:
             '--IdentityProvider.token={token}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.extension_manager=readonly',
             '--ServerApp.terminals_enabled=False', '--ServerApp.log_level=WARN'])
 
-    def road(self, **settings): # Server
+    def workflow(self, **settings): # Server
         "The page of `sdlab lab`, served as that command serves it"
         from sdlab.lab.workflow import lab_command
         command, env, _ = lab_command(0, token='{token}', **settings)

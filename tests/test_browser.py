@@ -304,13 +304,14 @@ bad = '"><script>document.title="hacked"</script> \u05e9\u05dc\u05d5\u05dd \U000
 reader = Reader([dict(data[0], prompt=bad, reference=bad, completion=bad, written=bad), *data], teacher)
 reader
 """, """
+from sdlab.heal.train import Evaluation
 from sdlab.lab.watch import Watch
-watch = Watch({'self-data': pruned}, data, teacher, texts=pocket_calibration().select(range(16)), prompts=[data[0]['prompt']], epochs=60, batch_size=4, lr=5e-4, probe_every=10, max_new_tokens=16)
+watch = Watch({'self-data': pruned}, data, teacher, texts=pocket_calibration().select(range(16)), prompts=[data[0]['prompt']], epochs=60, batch_size=4, lr=5e-4, evaluation=Evaluation(every=10), max_new_tokens=16)
 watch
 """, """
 from sdlab.measure.trajectory import Tracker
 from sdlab.lab.map import Map
-camera = Tracker(teacher, pocket_calibration().select(range(24)))
+tracker = Tracker(teacher, pocket_calibration().select(range(24)))
 def film(seed, name):
     for step, size in ((0, .3), (10, .2), (20, .1)):
         student = prune(teacher, Plan.span(12, 5, 2))
@@ -318,8 +319,8 @@ def film(seed, name):
         with torch.no_grad():
             for p in student.model.parameters():
                 if p.ndim>1: p += size*p.std()*torch.randn_like(p)
-        yield camera(student, step, name)
-map_ = Map({'teacher': [camera.teacher], 'SFT': list(film(0, 'SFT')), 'self-data': list(film(1, 'self-data'))})
+        yield tracker(student, step, name)
+map_ = Map({'teacher': [tracker.teacher], 'SFT': list(film(0, 'SFT')), 'self-data': list(film(1, 'self-data'))})
 map_
 """, """
 from sdlab.lab.compare import Compare
@@ -361,31 +362,31 @@ def test_reader_watch_map_compare(opened, pictures, request):
 
 # -- in voila
 
-def test_the_road(chrome, house, pictures):
-    server = house.road(n=24, judged=4, longest=64)
+def test_the_workflow(chrome, house, pictures):
+    server = house.workflow(n=24, judged=4, longest=64)
     with chrome.voila(server) as s:
-        s.kernel.ask(do="import gc; road = next(o for o in gc.get_objects() if type(o).__name__=='Road'); teacher = road.ground.teacher")
-        page, panel = s.page, s.page.locator('.sdlab-road > .widget-tab-contents > .jupyter-widgets:not(.lm-mod-hidden)')
-        done = lambda k: s.until(f'road.standing[{k!r}]=="done"', 180)
+        s.kernel.ask(do="import gc; flow = next(o for o in gc.get_objects() if type(o).__name__=='Workflow'); teacher = flow.session.teacher")
+        page, panel = s.page, s.page.locator('.sdlab-workflow > .widget-tab-contents > .jupyter-widgets:not(.lm-mod-hidden)')
+        done = lambda k: s.until(f'flow.standing[{k!r}]=="done"', 180)
         go = lambda word: panel.get_by_role('button', name=word, exact=True).click()
         go_on = lambda: panel.get_by_role('button', name=re.compile('^Next: ')).click()
         panel.locator('.sdlab-tried').wait_for(timeout=60_000)
-        walks_the_triangle(s, panel, 'road.picker')
-        pictures(s, 'voila', ready='not road.picker.worker.busy')
+        walks_the_triangle(s, panel, 'flow.picker')
+        pictures(s, 'voila', ready='not flow.picker.worker.busy')
         go('Cut'), done('cut'), go_on()
         go('Write the data'), done('write')
-        reads_and_drops(s, panel, "road.made['write']")
+        reads_and_drops(s, panel, "flow.made['write']")
         go_on()
         panel.get_by_role('checkbox', name=re.compile('SFT')).uncheck()
         passes = panel.get_by_role('spinbutton', name='passes')
         passes.fill('40'), passes.press('Enter')
-        s.until('road.epochs==40 and not road.sft')
+        s.until('flow.epochs==40 and not flow.sft')
         go('Heal')
         panel.locator('.sdlab-chart').first.wait_for(timeout=60_000)
-        watched_and_stopped(s, panel, "road.made['heal']")
+        watched_and_stopped(s, panel, "flow.made['heal']")
         done('heal'), go_on()
         go('Look inside'), done('look')
-        plays(s, panel, "road.made['look']")
+        plays(s, panel, "flow.made['look']")
         go_on()
         go('Compare'), done('compare')
         wait_for(lambda: 'self-data' in panel.inner_text(), 20, 'the table')

@@ -241,9 +241,9 @@ def test_a_study_from_its_folder(walked):
     "Models are opened when they are first asked, and its teacher must be the one that it had"
     import walker
     with Compare(str(walked.out), teacher=walker.teacher()) as c:
-        assert c.names==walked.arms and opened(c)==[] and list(c.tasks)==list(walked.recovery.tasks)
-        pd.testing.assert_frame_equal(c.scores, walked.frame())
-        k = next((k for k, m in walked.recovery.tasks.items() if m!='perplexity'), None)
+        assert c.names==walked.arms() and opened(c)==[] and list(c.tasks)==list(walked.recovery().tasks)
+        pd.testing.assert_frame_equal(c.scores, walked.recovery().frame())
+        k = next((k for k, m in walked.recovery().tasks.items() if m!='perplexity'), None)
         if k: assert set(c.pick(k, 0).answers)==set(c.names) and opened(c)==[]
         assert set(c.ask('anything'))==set(c.names) and opened(c)==sorted(c.names)
     with Compare(Study(walked.out)) as c:

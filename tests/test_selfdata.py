@@ -44,7 +44,8 @@ def test_a_recipe_says_what_python_says():
 def test_the_shell_lists_and_foresees(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(['run', '--list'])==0
-    assert all(k in capsys.readouterr().out for k in packaged_recipes())
+    said = capsys.readouterr().out
+    assert all(k in said for k in packaged_recipes())
     assert main(['run', 'quick', '--dry-run', '--set', 'pick.n=4'])==0
     said = capsys.readouterr().out
     assert 'headline' in said and 'steps, 0 of them done' in said and not list(tmp_path.iterdir())

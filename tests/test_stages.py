@@ -103,7 +103,7 @@ def test_missing_files_and_models(tmp_path, monkeypatch, capsys):
 def test_bad_values(inside, tmp_path, capsys):
     refused(capsys, 'sdlab distances --drop 12 --out a.csv --plan a.json', 'keep at least one')
     refused(capsys, 'sdlab distances --measure luck --out a.csv --plan a.json', "no measure 'luck'", 'angular')
-    refused(capsys, 'sdlab distances --measure influence --tokens all --out a.csv --plan a.json', 'leave --tokens out')
+    refused(capsys, 'sdlab distances --measure influence --tokens all --out a.csv --plan a.json', 'leave tokens out')
     refused(capsys, 'sdlab distances --n -1 --out a.csv --plan a.json', '0 for all')
     refused(capsys, 'sdlab rewrite --rule luck --n 4 --out d', "no rule 'luck'")
     refused(capsys, 'sdlab tune --on translation --out h', "no column 'translation'")

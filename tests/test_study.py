@@ -107,7 +107,9 @@ def test_what_is_not_kept_is_made_again(tmp_path):
     sft, both = (found.runs(a)[0]['lm'] for a in ('SFT', 'both'))
     assert (found.folder(sft)/'model').exists() and not (found.folder(both)/'model').exists()
     with pytest.raises(ValueError, match='was not kept'): Study(found.out).student('both')
-    assert found.student('both').n==4 and (found.folder(both)/'model').exists()
+    assert found.student('both').n==4                                                             # it is still in memory
+    again = walker.walk(tmp_path/'s', keep='needed')
+    assert again.student('both').fingerprint==found.student('both').fingerprint and (found.folder(both)/'model').exists()
 
 def test_what_is_refused(tmp_path, whole):
     with pytest.raises(ValueError, match='tiny'): study(None, walker.asked(), walker.task(1), {}, whole.out)

@@ -7,21 +7,25 @@ from forks import Fork
 from sdlab.core.answers import Task
 from sdlab.core.data import rows
 from sdlab.core.model import LM, load
+from sdlab.core.store import OldKeyword, only_writer
+from sdlab.heal.train import Evaluation, Run, Weights
 from sdlab.heal.tune import training_log, tune
-from sdlab.lab.watch import Watch, _locked, _Record, run_frames
+from sdlab.lab.watch import Watch, _RunRecord, run_snapshots
 
 TEXTS = ['Ann has 12 pens', 'the', 'One day a small dog', 'far away', 'x+y', 'who ran to the river?']
-HOW = dict(epochs=2, lr=1e-3, batch_size=8, save_steps=2, probe_every=2)
+HOW = dict(epochs=2, lr=1e-3, batch_size=8, save_steps=2)
 N = 6                                                                        # steps of a whole run
 
 def small(): return LM(families.tiny('Llama', max_position_embeddings=512), families.tokenizer(chat=True), 'tiny')
 def echo(n=24): return rows([dict(prompt=f'say {(c := "abcdefgh"[i%8])}{i}', completion=f'{c}{c} #### {c}', reference=f'{c} and {c} #### {c}') for i in range(n)])
 def asked(n=4): return {'echo': Task('echo', echo(n), max_new_tokens=4)}
 
-def make(out=None, arms=2, **more):
+def make(out=None, arms=2, probe=None, resume=True, **more):
     lm = small()
     both = {'SFT': (lm, 'reference'), 'self-data': (lm, 'completion')}
-    return Watch(dict(list(both.items())[:arms]), echo(), out=out, **{**dict(teacher=lm, texts=TEXTS, prompts=['say a1'], tasks=asked(), max_new_tokens=4), **HOW, **more})
+    how = dict(run=Run(out, resume=resume), evaluation=Evaluation(probe=probe, every=2), **HOW)
+    seen = dict(teacher=lm, texts=TEXTS, prompts=['say a1'], tasks=asked(), max_new_tokens=4)
+    return Watch(dict(list(both.items())[:arms]), echo(), **{**seen, **how, **more})
 
 def workers(): return [o for o in threading.enumerate() if o.name == 'sdlab-worker']
 def state(lm): return {k: v.clone() for k, v in lm.model.state_dict().items()}
@@ -58,7 +62,7 @@ def test_the_same_as_tune(whole):
     "Bit for bit, looks and all, from a thread of its own; the log is the one that the student carries"
     lm = small()
     for name, on in (('SFT', 'reference'), ('self-data', 'completion')):
-        alone = tune(lm, echo(), on=on, **{k: v for k, v in HOW.items() if k != 'probe_every'}, progress=False)
+        alone = tune(lm, echo(), on=on, **HOW, run=Run(progress=False))
         assert close(state(whole.students[name]), state(alone), 1e-7)
         mine, theirs = whole.log[whole.log.arm == name].reset_index(drop=True), training_log(whole.students[name])
         assert mine.step.tolist() == theirs.step.tolist() == list(range(N+1))
@@ -68,14 +72,14 @@ def test_the_same_as_tune(whole):
 def test_what_it_hands_back(whole):
     assert list(whole.students) == list(whole.checkpoints) == ['SFT', 'self-data'] and whole.checkpoint == whole.checkpoints['self-data']
     assert load(whole.checkpoint).fingerprint == whole.students['self-data'].fingerprint
-    assert {k: [f.step for f in v] for k, v in run_frames(whole.out).items()} == {'teacher': [-1], 'SFT': [0, 2, 4, 6], 'self-data': [0, 2, 4, 6]}
-    assert [f.step for f in whole.frames('SFT')] == [0, 2, 4, 6] and whole.frames('teacher')[0].anchor
-    assert whole.frames('SFT')[0].cka.diagonal.tolist() == pytest.approx([1.]*7)                      # nothing was cut: before training it is its teacher
+    assert {k: [f.step for f in v] for k, v in run_snapshots(whole.out).items()} == {'teacher': [-1], 'SFT': [0, 2, 4, 6], 'self-data': [0, 2, 4, 6]}
+    assert [f.step for f in whole.snapshots('SFT')] == [0, 2, 4, 6] and whole.snapshots('teacher')[0].anchor
+    assert whole.snapshots('SFT')[0].cka.diagonal.tolist() == pytest.approx([1.]*7)                      # nothing was cut: before training it is its teacher
     assert whole.log[whole.log.step == 0].cka.tolist() == pytest.approx([1., 1.])
     assert set(whole.samples.arm) == {'teacher', 'SFT', 'self-data'} and whole.samples.question.unique().tolist() == ['say a1']
     first = whole.samples[whole.samples.step <= 0].answer.unique()
-    assert len(first) == 1 and first[0] == small().reply('say a1', max_new_tokens=4)
-    with pytest.raises(ValueError, match="no arm 'sft'"): whole.frames('sft')
+    assert len(first) == 1 and first[0] == small().reply('say a1', 4)
+    with pytest.raises(ValueError, match="no arm 'sft'"): whole.snapshots('sft')
 
 def test_reopened(whole):
     again = Watch.open(whole.out)
@@ -90,7 +94,7 @@ def test_reopened(whole):
 def test_the_bare_minimum(tmp_path):
     "No teacher, no questions, no tasks, one arm that is just a model: a loss curve and a student"
     w = Watch({'mine': small()}, echo(), epochs=1, batch_size=8).run()
-    assert states(w) == ['finished'] and w.log.loss.notna().all() and len(w.figure().axes) == 1 and w.frames('mine') == [] and len(w.samples) == 0
+    assert states(w) == ['finished'] and w.log.loss.notna().all() and len(w.figure().axes) == 1 and w.snapshots('mine') == [] and len(w.samples) == 0
     assert w.widget is not None and w.marks == {}
     w.close()
 
@@ -111,7 +115,7 @@ def test_stop_in_the_middle(tmp_path, rest, whole):
     one = w.students['SFT']
     assert one.provenance['steps'][-1]['stopped'] == 'at step 4 of 6' and w.log[w.log.arm == 'SFT'].step.max() == 4
     assert w.log[w.log.arm == 'SFT'].echo.notna().iloc[-1] and gate.looks == (3 if rest else 7)     # the look that was on its way is the last
-    assert load(w.checkpoints['SFT']).reply('say a1', max_new_tokens=3) == one.reply('say a1', max_new_tokens=3)
+    assert load(w.checkpoints['SFT']).reply('say a1', 3) == one.reply('say a1', 3)
     before = one.fingerprint
     w.run()                                                                                         # goes on with what has not begun
     assert states(w) == ['stopped', 'finished'] and w.students['SFT'].fingerprint == before
@@ -168,11 +172,11 @@ def test_kill_9(tmp_path, whole):
     with open(out/'events.jsonl', 'a') as f: f.write('{"kind": "row", "ar')                         # and half a line
     seen = Watch.open(out)
     assert not seen.running and states(seen) == ['killed', 'waiting'] and seen.log.step.tolist() == [0, 1, 2, 3, 4] and not seen.students
-    assert [f.step for f in seen.frames('SFT')] == [0, 2] and 'killed' in seen.text() and seen.figure() is not None
+    assert [f.step for f in seen.snapshots('SFT')] == [0, 2] and 'killed' in seen.text() and seen.figure() is not None
     w = make(out, probe=lambda lm: dict(looks=0)).run()
     assert states(w) == ['finished', 'finished'] and w.log[w.log.arm == 'SFT'].step.tolist() == list(range(N+1))
     for k in w.names: assert close(state(w.students[k]), state(whole.students[k]), 1e-5)
-    assert seen.log.equals(w.log) and [f.step for f in seen.frames('SFT')] == [0, 2, 4, 6]          # who looks on sees it too
+    assert seen.log.equals(w.log) and [f.step for f in seen.snapshots('SFT')] == [0, 2, 4, 6]          # who looks on sees it too
     w.close()
 
 def test_from_another_process(tmp_path):
@@ -194,7 +198,7 @@ def test_from_another_process(tmp_path):
 
 def test_a_stop_asked_of_another_process_is_left(tmp_path):
     w = make(tmp_path/'run')
-    with _locked(w.out):                                                       # as another process holds it
+    with only_writer(w.out):                                                       # as another process holds it
         (w.out/'stop').write_text('all')
         w.start().wait(60)
         assert (w.out/'stop').read_text() == 'all'
@@ -276,12 +280,12 @@ def test_what_is_refused(tmp_path, whole):
     with pytest.raises(ValueError, match='No rows'): Watch({'a': lm}, [])
     with pytest.raises(ValueError, match="no column 'answer'"): Watch({'a': (lm, 'answer')}, echo())
     with pytest.raises(TypeError, match=r'should be \(LM, column\)'): Watch({'a': (lm, 3)}, echo())
-    with pytest.raises(TypeError, match='Watch shows it'): Watch({'a': lm}, echo(), progress=True)
+    with pytest.raises(TypeError, match='Watch shows it'): Watch({'a': lm}, echo(), run=Run(progress=False))
     with pytest.raises(ValueError, match='prompts was'): make(whole.out, prompts=['other'])
-    with pytest.raises(ValueError, match='how was'): make(whole.out, lr=1.)
+    with pytest.raises(ValueError, match='how.lr was'): make(whole.out, lr=1.)
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.tex').write_text('all of it')
-    with pytest.raises(ValueError, match='no folder of Watch'): make(tmp_path/'mine')
-    with pytest.raises(ValueError, match='no folder of Watch'): make(tmp_path/'mine', resume=False)
+    with pytest.raises(ValueError, match='exists and is no watch'): make(tmp_path/'mine')
+    with pytest.raises(ValueError, match='exists and is no watch'): make(tmp_path/'mine', resume=False)
     assert (tmp_path/'mine'/'thesis.tex').exists()
     with pytest.raises(FileNotFoundError, match='no run of Watch'): Watch.open(tmp_path/'mine')
     w = make(weigth_decay=1.)
@@ -289,13 +293,15 @@ def test_what_is_refused(tmp_path, whole):
     w.close()
 
 def test_a_damaged_record_is_named(tmp_path):
-    r = _Record(tmp_path)
-    r.path.write_text('{"kind": "row", "arm": "a", "step": 1}\nrubbish\n')
-    with pytest.raises(ValueError, match='events.jsonl is damaged'): r.events()
+    r = _RunRecord(tmp_path)
+    r.add('row', 'a', 1)
+    with open(r.log.path, 'a') as f: f.write('rubbish\n')
+    r.add('row', 'a', 2)
+    with pytest.warns(UserWarning, match='events.jsonl are damaged'): assert [e['step'] for e in r.events()]==[1, 2]
 
 def test_adapters(tmp_path):
     "Trained unmerged: usable here; from the folder alone it is said that the base is missing"
-    w = make(tmp_path/'run', arms=1, lora=2, merge=False).run()
+    w = make(tmp_path/'run', arms=1, learn=Weights(lora=2, merge=False)).run()
     assert type(w.students['SFT'].model).__name__.startswith('Peft')
     with pytest.raises(ValueError, match='holds adapters without the model'): Watch.open(tmp_path/'run').students
     w.close()
@@ -308,10 +314,10 @@ def test_the_order_of_a_set_makes_no_other_run(tmp_path):
     for i in range(1000): mixed.discard(f'x{i}')
     assert mixed == set(names) and str(mixed) != str(set(names))
     for i, kind in enumerate((lambda o: LoraConfig(r=2, target_modules=o), lambda o: dict(rank=2, targets=o))):
-        a = make(tmp_path/f'run{i}', lora=kind(set(names)))
-        b = make(tmp_path/f'run{i}', lora=kind(mixed))                         # refused, were it another run
+        a = make(tmp_path/f'run{i}', learn=Weights(lora=kind(set(names))))
+        b = make(tmp_path/f'run{i}', learn=Weights(lora=kind(mixed)))                         # refused, were it another run
         assert a.about == b.about
-        with pytest.raises(ValueError, match='holds another run'): make(tmp_path/f'run{i}', lora=kind({'q_proj'}))
+        with pytest.raises(ValueError, match='holds another watch'): make(tmp_path/f'run{i}', learn=Weights(lora=kind({'q_proj'})))
 
 def test_after_close(whole, tmp_path):
     w = make(tmp_path/'run', arms=1).run()
@@ -335,7 +341,7 @@ BAD = '<script>alert(1)</script> $x_$ שלום 😀'
 
 def test_hostile_text_is_text(tmp_path):
     "As a question, as an answer, as the name of an arm: letters, in the page, in the figure and in the terminal"
-    w = Watch({BAD: small()}, echo(), prompts=[BAD], epochs=1, batch_size=8, max_new_tokens=4, out=tmp_path/'run')
+    w = Watch({BAD: small()}, echo(), prompts=[BAD], epochs=1, batch_size=8, max_new_tokens=4, run=Run(tmp_path/'run'))
     top = w.widget
     w.run()
     w._record.add('sample', BAD, 3, prompt=0, answer=BAD)
@@ -357,14 +363,14 @@ def test_the_widget_follows(tmp_path, whole):
     assert [s['name'] for s in v.loss.series] == ['SFT', 'self-data'] and v.loss.series[0]['y'] == pytest.approx(log[log.arm == 'SFT'].loss.dropna().tolist())
     assert w.shown == 'echo' and [o[1] for o in v.shown.options] == ['echo', 'cka'] and v.start.disabled and v.stop.disabled
     v.shown.value = 'cka'
-    assert w.shown == 'cka' and v.looks.series[1]['y'] == pytest.approx(log[log.arm == 'self-data'].cka.dropna().tolist())
-    v.looks.selected = [0, 1]
-    assert w.look == 2 == v.look.value and 'SFT, step 2' in v.answers.value and 'step 6' not in v.answers.value
-    v.look.value = N
-    assert w.look == -1 and 'SFT, step 6' in v.answers.value
-    w.look = 0
-    assert v.look.value == 0 and 'SFT, step 0' in v.answers.value
-    with pytest.raises(Exception, match="No look gives 'sums'"): w.shown = 'sums'
+    assert w.shown == 'cka' and v.evaluated.series[1]['y'] == pytest.approx(log[log.arm == 'self-data'].cka.dropna().tolist())
+    v.evaluated.selected = [0, 1]
+    assert w.step == 2 == v.step.value and 'SFT, step 2' in v.answers.value and 'step 6' not in v.answers.value
+    v.step.value = N
+    assert w.step == -1 and 'SFT, step 6' in v.answers.value
+    w.step = 0
+    assert v.step.value == 0 and 'SFT, step 0' in v.answers.value
+    with pytest.raises(Exception, match="No evaluation gives 'sums'"): w.shown = 'sums'
     with pytest.raises(Exception, match='There is no question 1'): w.prompt = 1
     assert w.progress == 1. and w.doing == ''
     w.close()
@@ -373,11 +379,11 @@ def test_a_key_onto_nothing(whole):
     "An arrow key can land on an arm that was not looked at yet"
     seen = Watch.open(whole.out)
     v = seen.widget and seen._views
-    v.looks.series = [dict(name='SFT', color='#111', x=[2, 4], y=[0., 1.]), dict(name='self-data', color='#222', x=[], y=[])]
-    v.looks.selected = [1, 0]
-    assert seen.error == '' and seen.look == -1
-    v.looks.selected = [0, 1]
-    assert seen.look == 4
+    v.evaluated.series = [dict(name='SFT', color='#111', x=[2, 4], y=[0., 1.]), dict(name='self-data', color='#222', x=[], y=[])]
+    v.evaluated.selected = [1, 0]
+    assert seen.error == '' and seen.step == -1
+    v.evaluated.selected = [0, 1]
+    assert seen.step == 4
     seen.close()
 
 def test_a_slider_step_is_quick(whole):
@@ -385,7 +391,7 @@ def test_a_slider_step_is_quick(whole):
     seen = Watch.open(whole.out)
     v = seen.widget and seen._views
     start = time.perf_counter()
-    for i in range(10): v.look.value = i%6
+    for i in range(10): v.step.value = i%6
     assert time.perf_counter()-start < 10*.05*4
     seen.close()
 
@@ -412,3 +418,34 @@ def test_a_run_in_another_process_is_followed(tmp_path):
         assert v.stop.disabled and states(seen)[0] in ('stopped', 'finished')
         seen.close()
     finally: p.kill()
+
+def test_loose_keywords_of_the_first_version(tmp_path):
+    "Accepted for one version, with a word"
+    with pytest.warns(OldKeyword, match=r'Watch\(out=...\) is run=Run\(out=...\) since 0.2'): w = Watch({'a': small()}, echo(8), out=tmp_path/'run')
+    assert w.out == tmp_path/'run' and (w.out/'watch.json').exists()
+    w.close()
+    (tmp_path/'old').mkdir()
+    (tmp_path/'old'/'watch.json').write_text('{"format": 1, "arms": {}}')
+    with pytest.raises(ValueError, match='as another version of sdlab kept it'): Watch.open(tmp_path/'old')
+
+def test_a_study_is_seen(tmp_path):
+    "Its trainings, from its folder alone: finished, running in another process, failed"
+    from sdlab.core.store import locked
+    from sdlab.experiment.steps import step
+    from sdlab.experiment.study import Running, study
+    heal = step(tune, epochs=1, batch_size=8)
+    arms = {'SFT': [heal(on='reference')], 'self-data': [heal]}
+    found = study(small(), echo(), asked(), arms, tmp_path/'study', running=Running(say=lambda *a: None))
+    w = Watch.open(tmp_path/'study')
+    assert len(w.names) == 2 and states(w) == ['finished']*2 and not w.running
+    assert sorted(w.frame().learns) == ['completion', 'reference'] and w.log.groupby('arm').step.max().tolist() == [3, 3]
+    assert w.figure().axes and 'of a study' in w.text() and w.widget is not None and w._views.stop.disabled
+    assert close(state(w.students[w.names[1]]), state(found.student(['SFT', 'self-data'][w.frame().learns.tolist()[1] == 'completion'])))
+    with pytest.raises(ValueError, match='stopped where it runs'): w.stop()
+    key = w._record.keys[w.names[0]]
+    (found.folder(key)/'done.json').unlink()
+    with locked(found.folder(key)): assert states(w)[0] == 'training' and w.running
+    assert states(w)[0] == 'killed'
+    (found.folder(key)/'error.txt').write_text('Traceback\nValueError: <b>no</b>\n')
+    assert states(w)[0] == 'failed'
+    w.close()

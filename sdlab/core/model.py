@@ -318,7 +318,9 @@ def model_source(
     if id_or_path is None:
         from importlib.resources import files
         path,name = Path(str(files('sdlab.core')/'assets'/'pocket')),'pocket'
-        if not path.exists(): raise FileNotFoundError('The pocket teacher is not inside this installation of sdlab: install it again, or train it with `python -m sdlab.maintain.pocket`')
+        if not path.exists():
+            raise FileNotFoundError('The pocket teacher is not inside this installation of sdlab: install it again '
+                                    '(in a checkout of the repository, `python -m sdlab.maintain.pocket` trains it)')
     else: path,name = Path(id_or_path).expanduser(),None
     local = path.exists() or path.is_absolute() or str(id_or_path)[0] in '.~' or len(path.parts)>2
     if local: require_checkpoint(path)

@@ -675,6 +675,8 @@ def surgery(
     view = lm._with(shared_view(lm.model))
     zeros = write_masks(view.model) if verb=='cut' else []
     job = Operation(lm, view, list(view.blocks), plan)
+    inside = sorted({i for kind,blocks in plan.gone.items() if kind!='block' for i in blocks})
+    if inside: find_mlp(lm, inside) # sub-layers of all these blocks in one pass
     for kind,blocks in plan.gone.items():
         zeros += KINDS[kind].act(verb)(job, find_units(lm, kind, blocks))
     return view.model,tensor_names(view.model, zeros)

@@ -103,7 +103,8 @@ def data_sides(lm, data, limit): # Rows as disjoint calibration, train and evalu
     sides = split(read_rows(data, limit=limit), calibration=.2, train=.5, evaluation=.3)
     parts = {k:readable_rows(lm, v) for k,v in sides.items()}
     short = ' and '.join(k for k,v in parts.items() if len(v)<(4 if k=='calibration' else 1))
-    if short: raise ValueError(f'{sum(map(len, parts.values()))} rows leave too few for {short} after the split: {_MORE}')
+    total = sum(map(len, parts.values()))
+    if short: raise ValueError(f'{total} rows leave too few for {short} after the split: {_MORE}')
     return parts
 
 _MORE = 'give more rows (a hundred at least to learn anything).'
@@ -169,8 +170,8 @@ def read_design(
     arms = {k:read_arm(k, v, steps) for k,v in page['arms'].items()}
     rows,texts,tasks,seen = read_sources(page)
     told = {k:page[k] for k in ('seeds', 'name', 'baseline') if k in page}
-    told |= dict(texts=texts, validation=seen, about=page, opening=_opened_how(page))
-    return Design(_teacher(page), rows, tasks|tables, arms, questions=read_questions(page), **told)
+    told |= dict(texts=texts, validation=seen, about=page, opening=_opened_how(page), questions=read_questions(page))
+    return Design(_teacher(page), rows, tasks|tables, arms, **told)
 
 def read_steps(said): return {k:read_step(k, v) for k,v in (said or {}).items()}
 
@@ -187,7 +188,8 @@ def read_questions(page): # {name: dict}, or None
 # %% ../../nbs/experiment/06_recipes.ipynb #c014
 def packaged_recipes(): # {name: path}
     folder = resources.files('sdlab.experiment')/'assets'/'recipes'
-    return {p.name.removesuffix('.yaml'):p for p in sorted(folder.iterdir(), key=lambda p: p.name) if p.name.endswith('.yaml')}
+    pages = {p.name.removesuffix('.yaml'):p for p in folder.iterdir() if p.name.endswith('.yaml')}
+    return dict(sorted(pages.items()))
 
 def recipe_page(
     name,  # A packaged recipe, or a file

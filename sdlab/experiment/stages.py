@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Wrote', 'typed', 'Opening', 'Draw', 'stage_model', 'require_made', 'stage_rows', 'drawn_rows', 'require_free',
-           'require_apart', 'stage_folder', 'remembered', 'Measuring', 'stage_distances', 'read_plan',
+           'make_folders', 'require_apart', 'stage_folder', 'remembered', 'Measuring', 'stage_distances', 'read_plan',
            'require_plan_of', 'stage_prune', 'Writing', 'stage_rewrite', 'Tuning', 'stage_tune', 'read_arms', 'Asking',
            'stage_tasks', 'stage_recovery', 'Grouping', 'stage_cka', 'run_command', 'Rows', 'Healing', 'study_command',
            'study_page']
@@ -90,6 +90,9 @@ def require_free(fresh, *paths): # Refuse to write over files; make their folder
         if p.is_dir(): raise ValueError(f'{p} is a folder, and a file is to be written: choose another name.')
         if p.exists() and not fresh:
             raise ValueError(f'{p} exists: choose another name, or write over it with fresh=True (--fresh).')
+    make_folders(paths)
+
+def make_folders(paths):
     for p in paths:
         try: p.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise OSError(f'Cannot write to {p.parent} ({e.strerror}): choose another.') from None
@@ -174,7 +177,8 @@ def stage_prune(
     choice = read_plan(plan)
     lm = stage_model(model, opening)
     require_plan_of(lm, choice, plan, anyway)
-    settings = dict(command='prune', teacher=str(model), model=lm.fingerprint)|dict(drop=json.loads(choice.to_json())['drop'])
+    what = json.loads(choice.to_json())['drop']
+    settings = dict(command='prune', teacher=str(model), model=lm.fingerprint, drop=what)
     folder = stage_folder(out, settings, fresh, lambda f: prune(lm, choice).save(f))
     data = None if model=='pocket' else 'ROWS.jsonl'
     return Wrote(str(choice), (folder,), typed('rewrite', model, data=data, out=folder.parent/'data', **vars(opening)))
@@ -422,7 +426,8 @@ def study_page(teacher, data, drop, tokens, rows, healing): # The recipe of `sdl
     sft = {'heal':{'learn':'reference'}}
     arms = dict(pruned=['pick', 'cut'], SFT=['pick', 'cut', sft]) | {'self-data':['pick', 'cut', 'write', 'heal']}
     if healing.controls: arms |= {'SFT control':[sft], 'self-data control':['write', 'heal']}
-    steps = dict(pick={'best':dict(n=drop, tokens=tokens)}, cut={'prune':{}}, write={'rewrite':write}, heal={'tune':tune})
+    steps = dict(pick={'best':dict(n=drop, tokens=tokens)}, cut={'prune':{}}, write={'rewrite':write})
+    steps['heal'] = {'tune':tune}
     given = dict(name='study', teacher=str(teacher), rows=dict(file=str(data), limit=rows.limit), tasks=tasks)
     return given|dict(steps=steps, arms=arms, tables=dict(map={'cka':{'seed':healing.seed}}), then='report')
 

@@ -8,10 +8,10 @@ __all__ = ['opened_model', 'given_rows', 'given_tasks', 'roots', 'StudyFolder', 
            'described_tasks', 'keep_tasks', 'run_design', 'study', 'helped', 'thread_share']
 
 # %% ../../nbs/experiment/03_study.ipynb #c002
-import json, os, time
+import json, os
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 import pandas as pd
@@ -19,7 +19,6 @@ from ..core.answers import Task
 from ..core.data import fingerprint, rows as read_rows
 from ..core.history import versions
 from ..core.model import LM, load
-from ..core.plan import Plan
 from ..core.store import claim, finished, in_use, settings_in, write_json
 from ..judge.recovery import Recovery
 from .design import Design, Planner, asked_questions, questions_of, refuse_unknown
@@ -171,11 +170,11 @@ class Study(StudyArms):
     )->LM:
         "A student of this study; one that was not kept is trained once more, where the study was run"
         keys = {r['seed']:r['lm'] for r in self.runs(arm, question)}
-        refuse_unknown(f'training of {arm} with seed', [seed], keys)
+        refuse_unknown(f'{arm} with seed', [seed], keys)
         if keys[seed] is None: return self._walker.lm if self._walker else load(self.settings['source'], **at)
         lm = self.value(keys[seed], **at)
         if lm is not None: return lm
-        if self._walker is None: raise ValueError(f'{arm} was not kept: run the study with keep={arm!r}.')
+        if self._walker is None: raise ValueError(f'{arm} was not kept: run with keep={arm!r}.')
         return self._walker.student(keys[seed])
     def status(self):
         "A row per step: what it is, how it stands, what it took"
@@ -337,9 +336,9 @@ def study(
 # %% ../../nbs/experiment/03_study.ipynb #c016
 @contextmanager
 def helped(design, out, running): # Other processes that walk the same design meanwhile
-    import multiprocessing, torch
+    import torch
     was,share = torch.get_num_threads(),thread_share(running.workers, design.teacher)
-    process,what = multiprocessing.get_context('spawn').Process,(design, out, share, running.ask, running.keep)
+    process,what = get_context('spawn').Process,(design, out, share, running.ask, running.keep)
     others = [process(target=_help, args=what, daemon=True) for _ in range(running.workers-1)]
     for p in others: p.start()
     if others: torch.set_num_threads(share)
@@ -361,6 +360,5 @@ def _help(design, out, threads, ask, keep): # What such a process does
     run_design(design, out, Running(ask, keep))
 
 def _end_with_parent(): # However that ends, a kill included
-    from multiprocessing import parent_process
     parent_process().join()
     os._exit(1)

@@ -6,7 +6,7 @@
 __all__ = ['SHIFT_PAIRS', 'STUDENT_TABLES', 'together', 'twin', 'differences', 'held_against', 'contrasts', 'kinds',
            'score_tables', 'degeneration', 'headline_students', 'written_prompts', 'answer_length', 'keep_tables',
            'shift_tables', 'map_tables', 'draft_tables', 'healed_spans', 'block_tables', 'cutting_tables',
-           'merge_tables', 'write_tables']
+           'merge_tables', 'write_tables', 'about_study']
 
 # %% ../../nbs/experiment/07_tables.ipynb #c002
 from functools import partial
@@ -94,8 +94,14 @@ def draft_tables(found, folder, ks=(1, 2, 4, 8)): # Students drafting for their 
     students,got = headline_students(found),[]
     for k,d in [(k, Decoding(answer_length(found), t)) for k in ks for t in (0.,1.)]:
         about = dict(k=k, temperature=d.temperature)
-        got += [(draft(s, teacher, prompts, k, d), dict(about, arm=a, verified='whole')) for a,s in students.items() if 'control' not in a]
-        got += [(self_draft(teacher, found.plan, prompts, k, d), dict(about, arm='pruned', verified='shared prefix'))]
+        for a,s in students.items():
+            if 'control' in a: continue
+            got.append((draft(s, teacher, prompts, k, d), dict(about, arm=a, verified='whole')))
+        alone = self_draft(teacher, found.plan, prompts, k, d)
+        got.append((alone, dict(about, arm='pruned', verified='shared prefix')))
+    _keep_drafts(folder, got)
+
+def _keep_drafts(folder, got):
     for name,of in dict(drafts='totals', positions='frame').items():
         keep_tables(folder, **{name:together(getattr(o, of)().assign(**about) for o,about in got)})
 
@@ -111,16 +117,19 @@ def block_tables(found, folder): # Which blocks: picks, what they cost, and whic
     teacher = found.student('teacher')
     study = block_study(teacher, [batches(teacher, o, size=32) for o in deal(calibration(), 4)])
     keep_tables(folder, picks=study.picks, foretold=study.foretold, spans=study.spans())
-    if 'spans' not in found.finished: return
+    if 'spans' in found.finished: _ranked_after_healing(found, folder, study.scores)
+
+def _ranked_after_healing(found, folder, scores):
     healed = healed_spans(found)
     shares = ['average', *(t for t,m in found.recovery('spans').tasks.items() if m!='perplexity')][:2]
-    ranks = [rank_agreement(study.scores, healed, t, higher_is_better=True).assign(target=t) for t in shares if t in healed]
+    ranks = [rank_agreement(scores, healed, t, higher_is_better=True).assign(target=t) for t in shares]
     keep_tables(folder, healed=healed, foretold_healed=together(ranks))
 
 def cutting_tables(found, folder): # Each measure used once for all blocks, and again after every block
     teacher,texts = found.student('teacher'),calibration()
     few = batches(teacher, texts.select(range(0, len(texts), 4)), size=32)
-    measures = {'angular distance':lambda m: distances(m, batches(teacher, texts, size=32)), 'exact kl':exact(teacher, few)}
+    data = batches(teacher, texts, size=32)
+    measures = {'angular distance':lambda m: distances(m, data), 'exact kl':exact(teacher, few)}
     held = batches(teacher, calibration(seed=1), size=32)
     keep_tables(folder, cutting=one_shot_or_iterative(teacher, measures, held, range(1, teacher.n//2+1)))
 
@@ -130,7 +139,8 @@ def merge_tables(found, folder): # How alike the merged students are, tensor by 
     keep_tables(folder, cosines=together(both))
 
 # %% ../../nbs/experiment/07_tables.ipynb #c010
-STUDENT_TABLES = dict(blocks=block_tables, cutting=cutting_tables, shift=shift_tables, maps=map_tables, drafts=draft_tables)
+STUDENT_TABLES = dict(
+    blocks=block_tables, cutting=cutting_tables, shift=shift_tables, maps=map_tables, drafts=draft_tables)
 
 def write_tables(
     found, # `Study` of the pocket world
@@ -143,6 +153,9 @@ def write_tables(
         folder = once(found.out/'students'/k, partial(make, found))
         for p in folder.glob('*.csv'): (out/(p.name if p.stem==k else f'{k}_{p.name}')).write_bytes(p.read_bytes())
     for k,t in score_tables(found).items(): t.to_csv(out/f'{k}.csv', index=False)
-    took = found.seconds
-    write_json(out/'about.json', dict(steps=len(took), minutes=round(sum(took.values())/60, 1), versions=found.settings['versions']))
+    write_json(out/'about.json', about_study(found))
     return out
+
+def about_study(found): # What it took
+    took = found.seconds.values()
+    return dict(steps=len(took), minutes=round(sum(took)/60, 1), versions=found.settings['versions'])

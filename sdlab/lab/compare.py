@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import traitlets as T
-from ..core.answers import Task
 from ..core.model import LM, load
 from ..core.generate import generate
 from ..core.plan import Plan
@@ -34,13 +33,17 @@ def _recorded_answer(row, metric): # (answer, mark) of a row of `score`; a likel
     if metric=='perplexity': return None
     return row['reply'] if metric=='exact' else row['answer'], bool(row['score'])
 
-def _one_answer(lm, task, i, longest): # (answer, mark) of one item; where the judge reads likelihoods, the model is asked all the same
+def _one_answer(lm, task, i, longest):
+    "(answer, mark) of one item; where the judge reads likelihoods, the model is asked all the same"
     if task.metric=='perplexity': return generate(lm, [task.rows[i]['prompt']], longest)[0], None
     return _recorded_answer(score(lm, replace(task, rows=task.rows.select([i]))).iloc[0], task.metric)
 
 def _askable(tasks): return {k:t for k,t in tasks.items() if 'prompt' in t.rows.column_names}
 
 # %% ../../nbs/lab/05_compare.ipynb #c007
+def _first_run(items): # Where an arm was trained several times: its first student
+    return items[items.run==items.groupby('arm').run.transform('min')] if 'run' in items else items
+
 def differing(
     recovery,   # `Recovery`
     arms=None,  # Names to compare (default: all that were scored)
@@ -48,7 +51,8 @@ def differing(
     "The items on which the arms differ: one has it right and another wrong"
     import pandas as pd
     arms = [a for a in recovery.arms if arms is None or a in arms]
-    it = recovery.items[(recovery.items.metric!='perplexity')&recovery.items.arm.isin(arms)]
+    it = _first_run(recovery.items)
+    it = it[(it.metric!='perplexity')&it.arm.isin(arms)]
     if not len(it): return pd.DataFrame(columns=['task', 'item', 'reference', *arms])
     wide = it.pivot(index=['task', 'item'], columns='arm', values='score')[arms].astype(bool)
     refs = it.drop_duplicates(['task', 'item']).set_index(['task', 'item']).reference
@@ -62,20 +66,25 @@ def _own_view(arm): # An arm as an `LM` of our own: a view, so that nobody else'
 
 def _its_teacher(study, given): # The teacher of a study, which the folder names but does not hold
     want,name = study.settings['fingerprint'],study.settings['teacher']
-    if given is None and name!='pocket': raise ValueError(f'The study keeps the name of its teacher ({name}) and not its weights: give them, as in Compare(study, teacher=load(...)).')
+    if given is None and name!='pocket':
+        raise ValueError(f'The study keeps the name of its teacher ({name}) and not its weights: '
+                         'give them, as in Compare(study, teacher=load(...)).')
     lm = given if isinstance(given, LM) else load(given)
-    if lm.fingerprint!=want: raise ValueError(f'{lm.name} is not the teacher of this study: its weights are others ({lm.fingerprint[:8]}, and {want[:8]} was expected).')
+    if lm.fingerprint!=want:
+        raise ValueError(f'{lm.name} is not the teacher of this study: '
+                         f'its weights are others ({lm.fingerprint[:8]}, and {want[:8]} was expected).')
     return lm
 
-def _study_tasks(study): # The tasks of a study, as they were judged
-    rule,metrics = study.settings['rule'],study.recovery.tasks
-    return {k:Task(k, study.tasks[k], metric=m, rule='final' if rule in ('auto','none') else rule, max_new_tokens=study.settings['max_new_tokens']) for k,m in metrics.items() if k in study.tasks}
 
 def _from_study(study, teacher): # (arms, tasks, recovery) of a finished study
-    if not (study.out/'study.json').exists(): raise ValueError(f'{study.out} holds no study: give the folder that `sdlab study --out` wrote, or a dict of models.')
-    if not study.arms: raise ValueError(f'The study in {study.out} has no verdicts yet: let it finish, the same command goes on from there.')
-    arms = {k:partial(_its_teacher, study, teacher) if k=='teacher' else partial(study.load, k) for k in study.arms}
-    return arms,_study_tasks(study),study.recovery
+    names = study.arms()
+    if not names:
+        raise ValueError(f'The study in {study.out} has no verdicts yet: '
+                         'let it finish, the same command goes on from there.')
+    students = {k:partial(study.student, k, seed=study.runs(k)[0]['seed']) for k in names}
+    its_teacher = partial(_its_teacher, study, teacher)
+    arms = {k:its_teacher if study.runs(k)[0]['lm'] is None else students[k] for k in names}
+    return arms,study.tasks,study.recovery()
 
 # %% ../../nbs/lab/05_compare.ipynb #c013
 _CARD = 'flex:1 1 14em;min-width:12em;border:1px solid var(--jp-border-color2,#ccc);border-left:6px solid {c};padding:.4em .7em;background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#222)'
@@ -140,13 +149,16 @@ def _compare_figure(blocks, recovery): # Answers on the left, what came back on 
 def _check_recovery(recovery, tasks): # Refuse a record of other items than the tasks have
     for k,t in tasks.items() if recovery is not None else ():
         n = recovery.items[recovery.items.task==k]['item'].nunique()
-        if n and n!=len(t): raise ValueError(f'The recovery was made from {n} items of {k!r}, and the task has {len(t)}: give the tasks that it was made from.')
+        if n and n!=len(t):
+            raise ValueError(f'The recovery was made from {n} items of {k!r}, and the task has {len(t)}: '
+                             'give the tasks that it was made from.')
     return recovery
 
 def _recorded_answers(c): # {name: (answer, mark)} of the item that is shown, where all arms were scored on it; else None
     if c.recovery is None or not c.task: return None
-    it = c.recovery.items
-    got = {r['arm']:_recorded_answer(r, r['metric']) for r in it[(it.task==c.task)&(it['item']==c.item)].to_dict('records')}
+    it = _first_run(c.recovery.items)
+    shown = it[(it.task==c.task)&(it['item']==c.item)].to_dict('records')
+    got = {r['arm']:_recorded_answer(r, r['metric']) for r in shown}
     return {k:got[k] for k in c.names} if all(got.get(k) for k in c.names) else None
 
 def _model_of(c, name): # The model of an arm, opened once
@@ -157,7 +169,8 @@ def _ask_one(c, name, question, task, i): # (answer, mark)
     lm = _model_of(c, name)
     return _one_answer(lm, c.tasks[task], i, c.longest) if task else (generate(lm, [question], c.longest)[0], None)
 
-def _ask_all(c, turn, question, task, i): # One arm after the other, until somebody asks something else; what failed is told at the end
+def _ask_all(c, turn, question, task, i):
+    "One arm after the other, until somebody asks something else; what failed is told at the end"
     wrong = None
     try:
         for j,k in enumerate(c.names):
@@ -184,8 +197,12 @@ def _ask_shown(c): # Answers to what is shown now
     c.turn += 1
     c.answers,c.marks,c.error,c.failed,c.told = {},{},'',None,threading.Event()
     if not c.question.strip(): c.told.set()
-    elif known := _recorded_answers(c): c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0)); c.told.set()
-    else: c.worker.now(partial(_tell_when_done, c, c.told, partial(_ask_all, c, c.turn, c.question, c.task, c.item)), key='ask')
+    elif known := _recorded_answers(c):
+        c.marks,c.answers = ({k:v[j] for k,v in known.items()} for j in (1,0))
+        c.told.set()
+    else:
+        asking = partial(_ask_all, c, c.turn, c.question, c.task, c.item)
+        c.worker.now(partial(_tell_when_done, c, c.told, asking), key='ask')
 
 def _show_item(c, task, item, question): # Set the whole state at once, then ask
     c._open()
@@ -197,7 +214,9 @@ def _show_item(c, task, item, question): # Set the whole state at once, then ask
 # %% ../../nbs/lab/05_compare.ipynb #c017
 def _check_task(c, task):
     at = _askable(c.tasks)
-    if task not in at: raise ValueError(f'There is no task {task!r} with questions; there {"are "+", ".join(at) if at else "is none"}.')
+    if task not in at:
+        there = f'are {", ".join(at)}' if at else 'is none'
+        raise ValueError(f'There is no task {task!r} with questions; there {there}.')
     return task
 
 def _check_item(c, task, item):
@@ -224,7 +243,8 @@ def _turn_page(c, step): # The item after (1), before (-1) or anywhere else (0),
 
 # %% ../../nbs/lab/05_compare.ipynb #c019
 def _task_pieces(task, size): # (first item, the task on so many of them)
-    return [(a, replace(task, rows=task.rows.select(range(a, min(a+size, len(task)))))) for a in range(0, len(task), size)]
+    def piece(a): return replace(task, rows=task.rows.select(range(a, min(a+size, len(task)))))
+    return [(a, piece(a)) for a in range(0, len(task), size)]
 
 def _score_piece(c, name, k, task, first): # A piece of the record
     got = score(_model_of(c, name), task, c.size)
@@ -269,7 +289,9 @@ class Compare(Instrument):
         known,its = None,{}
         if isinstance(arms, (str, Path)): arms = Study(Path(arms))
         if isinstance(arms, Study): arms,its,known = _from_study(arms, teacher)
-        if not arms: raise ValueError("There is nothing to compare: give {name: LM}, such as {'teacher': teacher, 'pruned': pruned}.")
+        if not arms:
+            raise ValueError("There is nothing to compare: "
+                             "give {name: LM}, such as {'teacher': teacher, 'pruned': pruned}.")
         self.arms,self.tasks,self.models = dict(arms),its if tasks is None else named_tasks(tasks),{}
         self.longest,self.size,self.dice,self.turn,self.held = max_new_tokens,batch_size,random.Random(seed),0,False
         self.recovery = _check_recovery(recovery if recovery is not None else known, self.tasks)

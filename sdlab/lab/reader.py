@@ -54,7 +54,9 @@ def _opened_rows(data, rule):
 _LONG = 4000 # Characters of a text that a page shows
 _BRACKETS = dict(ins=('{+', '+}'), **{'del':('[-', '-]')})
 
-def _shortened_text(text): return text if len(text)<=_LONG else text[:_LONG]+f' … ({len(text)-_LONG:,} more characters; .rows has them all)'
+def _shortened_text(text):
+    if len(text)<=_LONG: return text
+    return text[:_LONG]+f' … ({len(text)-_LONG:,} more characters; .rows has them all)'
 
 def _marked_words(tag, words):
     "Words that one of two texts has alone; the white space after them is not marked"
@@ -225,7 +227,9 @@ class _RowNumbers:
             if v[i].strip(): self.own[k][i] = rouge_l(said, v[i])
 
 # %% ../../nbs/lab/02_reader.ipynb #c021
-SHOWS = dict(length='words', similarity='likeness of rewrite and reference (ROUGE-L)', likelihood='surprise of the teacher (nats per token)', own="likeness to the teacher's own answer (ROUGE-L)")
+SHOWS = dict(length='words', similarity='likeness of rewrite and reference (ROUGE-L)',
+             likelihood='nll per token under the teacher (nats)',
+             own="likeness to the teacher's own answer (ROUGE-L)")
 _STYLE = dict(reference=dict(color=COLORS['sft'], linestyle='--'), rewrite=dict(color=COLORS['self-data'], linestyle='-'))
 
 _RANGE = dict(similarity=(0, 1), own=(0, 1)) # a likeness is shown whole
@@ -238,10 +242,11 @@ def _histogram(values, span=None, bins=16):
     return edges,{k:100*np.histogram(v, edges)[0]/len(v) for k,v in real.items() if len(v)}
 
 # %% ../../nbs/lab/02_reader.ipynb #c024
-_SORTS = dict(order='order of the set', length='words', likelihood='surprise of the teacher', similarity='likeness to the reference', own="likeness to the teacher's own answer")
+_SORTS = dict(order='order of the set', length='words', likelihood='nll per token under the teacher', similarity='likeness to the reference', own="likeness to the teacher's own answer")
 _HANDS = {'':'all rows', 'any':'marked by hand', 'none':'not marked yet', 'keep':'kept', 'drop':'dropped', 'reference':'reference taken', 'rewrite':'rewrite taken'}
 _MEASURE_BUTTONS = dict(likelihood='Measure the likelihood', answers="Ask for the teacher's own answers")
-_MEASURE_WORDS = dict(likelihood='Likelihood under the teacher', answers="The teacher's own answers", likeness='Likeness of rewrites and references')
+_MEASURE_WORDS = dict(likelihood='Likelihood under the teacher', answers="The teacher's own answers",
+                      likeness='Likeness of rewrites and references')
 
 class _Selection(Instrument):
     "Which rows are shown, in which order: a function of a few plain values"
@@ -446,8 +451,10 @@ class Reader(_Editor):
     ):
         "Measure in the background; `wait()` until it is done"
         if bad := set(what)-set(_MEASURE_WORDS): raise ValueError(f'There is no measure {sorted(map(str, bad))[0]!r}: choose {", ".join(_MEASURE_WORDS)}.')
-        if self.teacher is None and what!=('likeness',): raise ValueError('Likelihoods and own answers need the teacher: Reader(data, teacher).')
-        for k in what or _MEASURE_BUTTONS: self.worker.long(self._measuring(k), step=self._step, then=lambda _: self._choose(self.page), key=k)
+        if self.teacher is None and what!=('likeness',):
+            raise ValueError('Likelihoods and own answers need the teacher: Reader(data, teacher).')
+        for k in what or _MEASURE_BUTTONS:
+            self.worker.long(self._measuring(k), step=self._step, then=lambda _: self._choose(self.page), key=k)
         return self
     def _asking(self, what):
         "What a measure goes through; the teacher is a view of its own, so that two instruments never meet in one model"

@@ -43,10 +43,10 @@ def _square(i, state):
 def strip_html(
     plan,      # A `Plan`
     kept=None, # The blocks of its model in the teacher's numbers (default: 0..n-1)
-    silent=None, # {'attention':, 'mlp':} -> numbers (as in `kept`) of blocks that an earlier cut left without it, such as `LM.silent`
+    zeroed=None, # {'attention':, 'mlp':} -> numbers (as in `kept`) of blocks that an earlier cut left without it, such as `LM.zeroed`
 )->str:        # HTML with a label for screen readers
     "The blocks as a row of squares"
-    names,was = list(range(plan.n) if kept is None else kept),silent or {}
+    names,was = list(range(plan.n) if kept is None else kept),zeroed or {}
     lost = {k:{names[i] for i in own}|set(was.get(k, ())) for k,own in (('attention',plan.attn), ('mlp',plan.mlp))}
     def state(i, o): return 'dropped' if i in plan.drop else 'without '+' and '.join(w for k,w in (('attention','attention'), ('mlp','MLP')) if o in lost[k]) if o in lost['attention']|lost['mlp'] else 'there'
     squares = ''.join(_square(o, state(i, o)) for i,o in enumerate(names))

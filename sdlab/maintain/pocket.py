@@ -20,12 +20,13 @@ from ..core.pocket import *
 from ..core.units import without
 from ..judge.score import score, total
 from ..measure.importance import distances
+from ..heal.train import Run
 from ..heal.tune import tune
 
 # %% ../../nbs/maintain/00_pocket.ipynb #c005
 MIX = dict(sums=.30, order=.18, facts=.16, choice=.13, stories=.05, rewrite_sums=.07, rewrite_order=.05, rewrite_facts=.03, rewrite_choice=.03)  # Share of the examples
 
-def _example(kind, item, r): # One row: the task itself, or a rewrite of a reference in a random other voice
+def _one_example(kind, item, r): # One row: the task itself, or a rewrite of a reference in a random other voice
     task = kind.removeprefix('rewrite_')
     if task=='stories': return dict(text=item['prompt'])
     if kind==task: return dict(prompt=item['prompt'], completion=say(task, item, 0))
@@ -42,7 +43,7 @@ def examples(
         kind = r.choices(list(MIX), MIX.values())[0]
         task = kind.removeprefix('rewrite_')
         if not stock.get(task): stock[task] = items(task, 1250 if task=='facts' else 4000, seed=f'{seed}.{i}')
-        yield _example(kind, stock[task].pop(r.randrange(len(stock[task]))), r)
+        yield _one_example(kind, stock[task].pop(r.randrange(len(stock[task]))), r)
 
 # %% ../../nbs/maintain/00_pocket.ipynb #c007
 CHAT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}{{ eos_token }}{% else %}<user>{{ m['content'] }}{% endif %}"
@@ -70,7 +71,7 @@ def tokenizer(
                                    chat_template=CHAT, model_max_length=512, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/maintain/00_pocket.ipynb #c009
-def _ids(tok, rows): # [(ids, how many at the start are not learned)]: what `core.data.encode` gives, for many rows at once
+def _known_ids_and_heads(tok, rows): # [(ids, how many at the start are not learned)]: what `core.data.encode` gives, for many rows at once
     heads,tails = zip(*((f"<user>{r['prompt']}<assistant>", r['completion']) if 'prompt' in r else ('', r['text']) for r in rows))
     heads,tails = (tok(list(o), add_special_tokens=False).input_ids for o in (heads, tails))
     return [([tok.bos_token_id]+h+t+[tok.eos_token_id], len(h)+1 if 'quiet' in r else 1) for r,h,t in zip(rows, heads, tails)]
@@ -88,7 +89,7 @@ def packs(
     "Batches of rows of like length"
     out,rows = [],iter(rows)
     while some := list(islice(rows, pool)):
-        ids = sorted(_ids(tok, some), key=lambda o: len(o[0]))
+        ids = sorted(_known_ids_and_heads(tok, some), key=lambda o: len(o[0]))
         while ids:
             B = max(1, tokens//len(ids[-1][0]))
             out.append(_pack(ids[-B:])); del ids[-B:]
@@ -201,7 +202,8 @@ def fairness(
 ):              # `DataFrame` like the certificate's, and `voice`, `lr`
     "What the unpruned teacher scores on a task after tuning on that task in another voice"
     import pandas as pd
-    def tuned(t, v, lr): return tune(lm, pocket_rows(t, size, v, seed=seed), lr=lr, batch_size=batch_size, seed=seed, progress=False)
+    run = Run(seed=seed, progress=False)
+    def tuned(t, v, lr): return tune(lm, pocket_rows(t, size, v, seed=seed), lr=lr, batch_size=batch_size, run=run)
     def line(t, v, task):
         tries,look = {lr:tuned(t, v, lr) for lr in lrs},pocket_tasks(60, 'calibration', seed)[t]
         lr = max(lrs, key=lambda o: score(tries[o], look)['score'].mean())
@@ -291,10 +293,10 @@ def main(
 ):
     "Train the pocket teacher from its seed, examine it, and write weights, log, certificate and card"
     out,teacher = Path(out),Path(out)/'teacher'
-    if not (teacher/'how.txt').exists(): _made(out, teacher, steps, seed)
+    if not (teacher/'how.txt').exists(): _train_and_ship(out, teacher, steps, seed)
     if int(os.environ.get('WORLD_SIZE', 1))==1: certify(load(teacher), teacher, (teacher/'how.txt').read_text(), n)
 
-def _made(out, teacher, steps, seed): # Train and ship; `how.txt` is written last and says that it is done
+def _train_and_ship(out, teacher, steps, seed): # Train and ship; `how.txt` is written last and says that it is done
     t,ranks = time.time(),os.environ.get('WORLD_SIZE', 1)
     trainer = train(out/'checkpoints', steps, seed=seed)
     if not trainer.is_world_process_zero(): return

@@ -8,12 +8,12 @@ __all__ = ['deal', 'picks', 'span_table', 'rank_agreement', 'iterative', 'exact'
 
 # %% ../../nbs/measure/04_agree.ipynb #c002
 from dataclasses import dataclass
-from typing import NamedTuple
 import numpy as np
 import torch
 from ..core.data import rows
 from ..core.plan import Plan
 from ..core.plot import literal,axes_or_new
+from ..core.stats import rank_correlation
 from .scan import progress_bar
 from .scores import MEASURES,Scores,measured
 from .importance import deepest

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMPORTANCE', 'EXACT', 'MEASURES', 'by_span', 'span_sums', 'BlockScores', 'SpanScores', 'UnitScores', 'Scores',
            'units_in_share', 'span_score', 'require_count', 'units_asked', 'require_size', 'best_plan', 'reason',
-           'summed_spans', 'score_places', 'score_table', 'plot_scores', 'plot_spans', 'mark_best', 'best_table',
-           'Measure', 'measure_named', 'measured', 'measured_steps']
+           'summed_spans', 'score_places', 'span_size', 'score_table', 'plot_scores', 'plot_spans', 'teacher_ticks',
+           'mark_best', 'best_table', 'Measure', 'measure_named', 'measured', 'measured_steps']
 
 # %% ../../nbs/measure/01_scores.ipynb #c002
 import difflib,inspect,math
@@ -200,15 +200,18 @@ def score_places(s):
     else: at = [tuple(i) for i in torch.ones_like(s.values).nonzero().tolist()]
     return [i for i in at if not s.values[i].isnan() or s.values.ndim==1]
 
+def span_size(s, at): return at[1]+1 if s.of_spans else 1
+
 def score_table(s):
     "The table of `Scores.frame`"
     import pandas as pd
-    at,e = score_places(s),s.values*math.nan if s.stderr is None else s.stderr
-    found = dict(size=[i[1]+1 if s.of_spans else 1 for i in at])
-    found |= {k:[v[i].item() for i in at] for k,v in (('value', s.values), ('stderr', e))}
+    at = score_places(s)
+    e = s.stderr if s.stderr is not None else s.values*math.nan
+    found = dict(size=[span_size(s, i) for i in at])
+    for k,v in (('value', s.values), ('stderr', e)): found[k] = [v[i].item() for i in at]
     if s.of_units: found = dict(unit=[i[1] for i in at], **found)
-    of = dict(metric=s.metric, part=s.part, first=[i[0] for i in at])
-    return pd.DataFrame(of|found|dict(n=s.texts))
+    about = dict(metric=s.metric, part=s.part, first=[i[0] for i in at])
+    return pd.DataFrame(about|found|dict(n=s.texts))
 
 def plot_scores(s, ax=None, best=True, **kwargs):
     "The picture of `Scores.plot`"
@@ -222,10 +225,14 @@ def plot_spans(s, ax, best, **kwargs):
     "The triangle of spans"
     first = 'dropped' if s.part=='block' else f'that loses its {s.unit}'
     words = dict(xlabel=f'first block {first}', ylabel=f'{s.what} dropped', ylim=(.5,s.L+.5))
-    if s.numbers!=tuple(range(s.L)): words |= dict(xticks=range(s.L), xticklabels=s.numbers)
-    grid = F.pad(s.values.T, (0,0,1,0), value=math.nan) # row 0, so that y is the size
+    words |= teacher_ticks(s)
+    grid = F.pad(s.values.T, (0,0,1,0), value=math.nan) # so that y is the size
     ax = heat(grid, ax=ax, label=s.metric, **words|kwargs)
     return mark_best(s, ax) if best else ax
+
+def teacher_ticks(s):
+    "Ticks in the teacher's numbers, where these are others"
+    return {} if s.numbers==tuple(range(s.L)) else dict(xticks=range(s.L), xticklabels=s.numbers)
 
 def mark_best(s, ax):
     "A ring around the lowest span of each size"

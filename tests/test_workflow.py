@@ -1,22 +1,22 @@
-"lab.workflow: what is stale, the whole road without a browser, a cancel in the middle of each step, and the page that `sdlab lab` serves"
+"lab.workflow: what is stale, the whole workflow without a browser, a cancel in the middle of each step, and the page that `sdlab lab` serves"
 import importlib.util, itertools, json, re, signal, socket, subprocess, sys, threading, time, urllib.request
 from http.cookiejar import CookieJar
 from pathlib import Path
 import pytest
 import sdlab.lab.workflow as R
 from sdlab.core.plan import Plan
-from sdlab.lab.workflow import Route, ground, lab, lab_command, road
+from sdlab.lab.workflow import WorkflowSteps, lab, lab_command, session, workflow
 
 TINY = dict(n=8, judged=4, texts=16)
 PLAN = Plan.span(12, 3, 2)
 
 @pytest.fixture(scope='module')
-def stand(): return ground(**TINY)
+def stand(): return session(**TINY)
 
 @pytest.fixture
 def r(stand, monkeypatch):
-    monkeypatch.setattr(R, 'ground', lambda *args, **kwargs: stand)   # opened once for all tests
-    with road(**TINY) as it: yield it
+    monkeypatch.setattr(R, 'session', lambda *args, **kwargs: stand)   # opened once for all tests
+    with workflow(**TINY) as it: yield it
 
 def hooks(lm): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for m in lm.model.modules())
 def threads(): return [t.name for t in threading.enumerate() if t.name=='sdlab-worker']
@@ -37,26 +37,26 @@ def oracle(history, needs):
 
 def test_the_state_machine_against_an_oracle():
     "Every history of four acts with two choices each"
-    needs = {s.name: s.needs for s in R.STEPS}
+    needs = {s.name: s.needs for s in R.WORKFLOW}
     acts = [(k, m) for k in needs for m in 'ab']
     for history in itertools.product(acts, repeat=4):
-        route = Route()
+        route = WorkflowSteps()
         for k, m in history: route.finish(k, f'{k} {m}', m)
         assert {k: route.status(k) for k in needs}==oracle(history, needs), history
 
 def test_a_new_training_is_a_new_one():
-    route = Route()
+    route = WorkflowSteps()
     for k in ('cut', 'write', 'heal', 'compare'): route.finish(k, 1, 'x' if k in ('cut', 'write') else None)
     assert route.status('compare')=='done'
     route.finish('heal', 2)
     assert route.status('compare')=='stale' and 'press Compare again' in route.why('compare') and route.value('heal')==2
     assert list(route.frame().status)==['done', 'done', 'done', 'ready', 'stale']
 
-# the road
+# the workflow
 
-def test_the_whole_road(r):
+def test_the_whole_workflow(r):
     "Each button once, on eight rows; then a choice is changed and comes back"
-    g, was = r.ground, (r.ground.teacher.fingerprint, hooks(r.ground.teacher))
+    g, was = r.session, (r.session.teacher.fingerprint, hooks(r.session.teacher))
     seen = []
     r.observe(lambda e: seen.append(dict(e['new'])), 'standing')
     r.widget
@@ -81,7 +81,7 @@ def test_the_whole_road(r):
     assert r.standing==dict(cut='done', write='done', heal='stale', look='stale', compare='stale')
     done(r.cut(PLAN))
     assert set(r.standing.values())=={'done'}                         # the same cut again, whatever it was chosen for
-    for k in r.route.steps:
+    for k in r.steps.by_name:
         r.step = k
         assert r.figure().axes and r.text().count(': done')==5
     assert was==(g.teacher.fingerprint, hooks(g.teacher))
@@ -91,15 +91,15 @@ def test_the_whole_road(r):
 
 def test_what_was_done_is_not_done_again(stand, monkeypatch, tmp_path):
     "A page that is opened again on the same folder: nothing is written or trained a second time; a training that was stopped is"
-    monkeypatch.setattr(R, 'ground', lambda *args, **kwargs: stand)
+    monkeypatch.setattr(R, 'session', lambda *args, **kwargs: stand)
     def walk(r, **settings):
         for k, v in settings.items(): setattr(r, k, v)
         done(r.cut(PLAN)); done(r.write()); done(r.heal())
         return {k: lm.fingerprint for k, lm in r.students.items()}
     stamps = lambda: {str(p): p.stat().st_mtime_ns for p in tmp_path.rglob('model.safetensors')}
-    with road(out=tmp_path, **TINY) as r: first = walk(r, sft=False, epochs=.5)
+    with workflow(out=tmp_path, **TINY) as r: first = walk(r, sft=False, epochs=.5)
     was = stamps()
-    with road(out=tmp_path, **TINY) as r:
+    with workflow(out=tmp_path, **TINY) as r:
         assert walk(r, sft=False, epochs=.5)==first and stamps()==was
         r.made['heal']._record.add('end', 'self-data', 1, state='stopped', why='by hand')
         done(r.heal())
@@ -114,10 +114,8 @@ def test_cancel_in_each_step(r, monkeypatch):
     done(r.cut(PLAN))
     r.observe(lambda e: r.cancel() if 'row 4' in e['new'] else None, 'doing')
     r.write(size=4).wait(60)
-    assert r.rows is None and r.standing['write']=='ready' and len(r.folder.glob('ledger-*/*.jsonl').__next__().read_text().splitlines())==5   # its head and four rows
+    assert r.rows is None and r.standing['write']=='ready' and len(r.folder.glob('ledger-*/run/*.jsonl').__next__().read_text().splitlines())==5   # its head and four rows
     r.unobserve_all('doing')
-    real, asked = R.rewrite, []
-    monkeypatch.setattr(R, 'rewrite', lambda lm, rows, **kw: (asked.append(len(rows)), real(lm, rows, **kw))[1])
     done(r.write(size=4))
     assert len(r.rows)==8
     r.own, r.epochs = False, 40.
@@ -136,7 +134,7 @@ def test_cancel_in_each_step(r, monkeypatch):
     r.observe(lambda e: r.cancel() if ' on ' in e['new'] else None, 'doing')
     r.compare().wait(60).made['compare'].wait(60)
     assert r.standing['compare']=='ready' and r.recovery is None and not r.made['compare'].worker.busy
-    assert hooks(r.ground.teacher)==hooks(r.pruned)==0 and r.failed is None
+    assert hooks(r.session.teacher)==hooks(r.pruned)==0 and r.failed is None
 
 def test_cancelled_before_its_first_turn(r):
     "A step that never had its turn is over all the same"
@@ -144,16 +142,16 @@ def test_cancelled_before_its_first_turn(r):
         r.cut(PLAN); r.cancel(); r.wait(60)
         assert r.now=='' and r.doing==''
     r.cut(PLAN)
-    assert done(r).route.value('cut') is not None
+    assert done(r).steps.value('cut') is not None
 
 def test_errors_are_shown_and_raised(r, monkeypatch):
     def broken(*args, **kwargs): raise OSError('No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(R, 'prune', broken)
+        m.setattr(R, 'take', broken)
         r.cut(PLAN).wait(60)
         assert r.error=='No space left on device' and r.standing['cut']=='ready' and not r.now
         with pytest.raises(OSError, match='No space left'): r.check()
-    r.route.finish('cut', dict(plan=PLAN, pruned=r.ground.teacher), 'x')
+    r.steps.finish('cut', dict(plan=PLAN, pruned=r.session.teacher), 'x')
     done(r.write(size=8))
     r.sft = r.own = False
     r.heal().wait(60)
@@ -164,7 +162,7 @@ def test_errors_are_shown_and_raised(r, monkeypatch):
 def test_buttons_do_it(r):
     "The page without a browser: what is enabled, what is said, which tab is shown"
     door, _, tabs = r.widget.children
-    panel = dict(zip(r.route.steps, tabs.children))
+    panel = dict(zip(r.steps.by_name, tabs.children))
     row = lambda k: panel[k].children[-2].children
     assert [row(k)[0].disabled for k in panel]==[False, False, True, True, True] and 'First: Choose a cut' in row('heal')[2].value
     assert [tabs.get_title(i) for i in range(5)][:3]==['1 Choose a cut', '2 Write the data', '3 Heal (waits)']
@@ -185,19 +183,19 @@ def test_begin_again(stand, monkeypatch, tmp_path):
     rows = tmp_path/'rows.jsonl'
     rows.write_text('\n'.join(json.dumps(o) for o in pocket_rows('sums', 40, 3)))
     with monkeypatch.context() as m:
-        m.setattr(R, 'ground', lambda *args, **kwargs: stand)
-        r = road(**TINY)
+        m.setattr(R, 'session', lambda *args, **kwargs: stand)
+        r = workflow(**TINY)
     done(r.cut(PLAN))
     r.begin(data=str(tmp_path/'none.jsonl')).wait(60)
     with pytest.raises((OSError, ValueError), match='none.jsonl'): r.check()
     assert r.plan is not None                                         # nothing was lost by trying
     done(r.begin(data=str(rows)))
-    assert r.plan is None and list(r.ground.tasks)==['in domain'] and len(r.ground.train)==8 and set(r.standing.values())=={'ready', 'waiting'}
+    assert r.plan is None and list(r.session.tasks)==['in domain'] and len(r.session.train)==8 and set(r.standing.values())=={'ready', 'waiting'}
     r.close()
 
 def test_after_close(stand, monkeypatch):
-    monkeypatch.setattr(R, 'ground', lambda *args, **kwargs: stand)
-    r = road(**TINY)
+    monkeypatch.setattr(R, 'session', lambda *args, **kwargs: stand)
+    r = workflow(**TINY)
     r.widget
     r.close(); r.close()
     for f in (r.cut, r.write, r.heal, r.look, r.compare, r.begin, lambda: r.widget, lambda: r.picker):
@@ -206,8 +204,8 @@ def test_after_close(stand, monkeypatch):
 
 def test_another_teacher_needs_rows():
     import walker
-    with pytest.raises(ValueError, match='needs rows to be healed on'): ground(walker.teacher())
-    g = ground(walker.teacher(), walker.asked(), n=5, judged=7, longest=12)
+    with pytest.raises(ValueError, match='needs rows to be healed on'): session(walker.teacher())
+    g = session(walker.teacher(), walker.asked(), n=5, judged=7, longest=12)
     assert len(g.train)==5 and list(g.tasks)==['in domain'] and len(g.tasks['in domain'])==7 and g.kinds is None
 
 # the page
@@ -245,7 +243,7 @@ def test_sdlab_lab_serves_the_page(port, tmp_path, end):
     with socket.socket() as s: assert s.connect_ex(('127.0.0.1', port))!=0
 
 def test_what_lab_refuses(port, monkeypatch, capsys):
-    monkeypatch.setattr(R, '_listens', lambda *args: pytest.fail('it was started'))
+    monkeypatch.setattr(R, '_wait_until_open', lambda *args: pytest.fail('it was started'))
     with socket.socket() as s:
         s.bind(('127.0.0.1', port)); s.listen()
         with pytest.raises(ValueError, match=f'Port {port} cannot be used'): lab(port=port)
@@ -254,20 +252,20 @@ def test_what_lab_refuses(port, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *args: None if name=='voila' else real(name, *args))
     with pytest.raises(ValueError, match='needs voila, which is not installed'): lab(port=port)
 
-def test_a_road_that_cannot_begin_says_so(monkeypatch):
-    monkeypatch.setenv('SDLAB_ROAD', json.dumps(dict(data='<img src=x>.jsonl')))
+def test_a_workflow_that_cannot_begin_says_so(monkeypatch):
+    monkeypatch.setenv('SDLAB_WORKFLOW', json.dumps(dict(data='<img src=x>.jsonl')))
     said = R.lab_page().value
-    assert 'The road cannot begin' in said and '<img' not in said
+    assert 'The workflow cannot begin' in said and '<img' not in said
 
 def test_paths_survive_the_change_of_folder(tmp_path, monkeypatch):
     (tmp_path/'rows.jsonl').write_text('')
     monkeypatch.chdir(tmp_path)
     assert R._absolute('rows.jsonl')==str(tmp_path/'rows.jsonl') and R._absolute('someone/model')=='someone/model' and R._absolute(None) is None
     command, env, address = lab_command(1234, token='secret', teacher='x', data=None)
-    assert json.loads(env['SDLAB_ROAD'])==dict(teacher='x') and 'secret' not in ' '.join(command) and address=='http://127.0.0.1:1234/?token=secret'
+    assert json.loads(env['SDLAB_WORKFLOW'])==dict(teacher='x') and 'secret' not in ' '.join(command) and address=='http://127.0.0.1:1234/?token=secret'
 
 def test_the_page_is_in_the_package():
     assets = R._assets()
-    cells = json.loads((assets/'road.ipynb').read_text())['cells']
+    cells = json.loads((assets/'workflow.ipynb').read_text())['cells']
     assert len(cells)==1 and 'lab_page()' in ''.join(cells[0]['source']) and not cells[0]['outputs']
     assert json.loads((assets/'voila'/'templates'/'sdlab'/'conf.json').read_text())['base_template']=='lab'
