@@ -6,43 +6,43 @@
 __all__ = []
 
 # %% ../nbs/90_all.ipynb #c003
-from .core.plot import *
-from .core.plan import *
-from .core.data import *
-from .core.model import *
-from .core.units import *
-from .core.answers import *
-from .core.pocket import *
-from .core.disk import skeleton
-from .measure.scan import *
-from .measure.importance import *
-from .measure.cka import *
-from .measure.cost import *
-from .measure.trajectory import *
-from .measure.text import *
-from .measure.scale import dry_run
-from .compress.prune import *
-from .measure.exact import *
+from .core.plot import COLORS, color_of, curve, bars, heat, hatch
+from .core.stats import wilson, rank_correlation
+from .core.data import rows, encode, encoded, prompt_ids, completion_ids, context, chunks, collate, batches, split, overlap, fingerprint
+from .core.plan import Plan
+from .core.history import zero_masks
+from .core.generate import Decoding, generate
+from .core.model import LM, find_blocks, load
+from .core.units import find_units, without
+from .core.answers import Task, agree, extract
+from .core.pocket import pocket_rows, pocket_mixture, rewrite_rows, pocket_tasks, pocket_calibration, pocket_assets
+from .measure.scan import Meter, RunningMean, Concat, DataFingerprint, Likelihood, Divergence, scan, last_token, token_nll, token_kl, counted_tokens
+from .measure.scores import MEASURES, Scores, measured
+from .measure.importance import angular_distance, distances, influence, relative_update, importance, deepest, random_spans
+from .measure.exact import ExactLoss, SuffixReplay, quality
 from .measure.agree import block_study, rank_agreement, iterative, picks
-from .core.stats import rank_correlation
-from .compress.merge import cosines, merge
+from .measure.cka import CKA, cka, kernels, linear_cka, rbf_cka
+from .measure.trajectory import Tracker, Snapshot, project, procrustes
+from .measure.text import likelihood, rouge_l, aligned, differences
+from .measure.cost import Cost, cost, by_depth, latency
+from .measure.scale import dry_run
+from .compress.prune import prune
+from .compress.merge import merge, cosines
 from .compress.shards import prune_checkpoint
-from .heal.rewrite import *
-from .heal.tune import *
-from .heal.distil import distil
-from .heal.on_policy import on_policy
-from .judge.score import *
-from .judge.recovery import *
-from .judge.draft import draft, self_draft
+from .heal.rewrite import Template, TEMPLATES, SDFT, Summary, rewrite, framed, verdict, ledger, summary, surprise, same_call, shows_code
+from .heal.train import Weights, Run, Evaluation, Method, train
+from .heal.tune import Supervised, tune, labelled, training_log, learning_curve
+from .heal.distil import Logits, distil
+from .heal.on_policy import OnPolicy, on_policy
+from .judge.score import score, score_all, total
+from .judge.recovery import Recovery, recovery, pareto
 from .judge.degeneration import degeneration
 from .judge.shift import shift
-from .heal.rewrite import surprise
+from .judge.draft import draft, self_draft
 from .judge.harness import harness
-from .experiment.steps import State, step, tried
-from .experiment.study import Running, Study, study
-from .experiment.report import report
-from .experiment.recipes import demo, recipe, run_recipe
-from .experiment.forecast import forecast
+from .experiment.steps import State, step, take, tried
+from .experiment.study import Study, study
+from .experiment.recipes import recipe, demo
 from .lab.picker import Picker
 from .lab.reader import Reader
 from .lab.watch import Watch

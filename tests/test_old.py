@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 import pytest
 import torch
-from golden import call, find, logits, plan_of
+from golden import call, find, logits, plan_of, public
 
 OLD = Path(__file__).resolve().with_name('old')
 ROWS = [dict(prompt='Ann has 3 pens', completion='3 pens .'), dict(prompt='Ben buys 4 coins', completion='4 coins .')]
@@ -116,4 +116,8 @@ def test_ledger_of_rewrite_is_refused(student, tmp_path):
     refused('rewrite', tmp_path, lambda out: call('rewrite', student, ROWS, out=out, **how))
 
 
-# TODO once `study` takes arms: refused('study', tmp_path, lambda out: call('study', teacher, rows, tasks, arms, out))
+def test_study_is_refused(student, tmp_path):
+    if not (step := public('step')):
+        pytest.skip('this version of the library has no steps, and its own studies go on')
+    tasks, arms = dict(short=find('Task')('short', ROWS, rule='exact')), dict(pruned=[step('best', n=1), step('prune')])
+    refused('study', tmp_path, lambda out: call('study', student, ROWS, tasks, arms, out))

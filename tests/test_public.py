@@ -29,9 +29,9 @@ def test_vocabulary_import_is_not_heavier_than_it_must_be():
     loaded = fresh('import sys; from sdlab.all import *; print(*[m for m in ("trl","peft","seaborn","sklearn","fastcore","nbdev") if m in sys.modules])').split()
     assert not loaded, f'{loaded} must be imported in the functions that use them'
 
-VOCABULARY = '''COLORS curve bars heat Plan rows encode prompt_ids collate batches split overlap fingerprint LM load find_blocks generate extract agree Task
+VOCABULARY = '''COLORS curve bars heat Plan rows encode prompt_ids collate batches split overlap fingerprint Decoding LM load find_blocks generate extract agree Task
     pocket_tasks pocket_rows scan distances influence relative_update deepest random_spans cka cost without prune rewrite summary tune score recovery
-    Picker Reader Watch Map Compare workflow'''.split()
+    step tried study recipe Weights Run Evaluation train Picker Reader Watch Map Compare workflow'''.split()
 def test_star_brings_the_vocabulary():
     names = fresh('from sdlab.all import *; print(*dir())').split()
     assert not set(VOCABULARY)-set(names), sorted(set(VOCABULARY)-set(names))

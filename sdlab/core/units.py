@@ -675,11 +675,14 @@ def surgery(
     view = lm._with(shared_view(lm.model))
     zeros = write_masks(view.model) if verb=='cut' else []
     job = Operation(lm, view, list(view.blocks), plan)
-    inside = sorted({i for kind,blocks in plan.gone.items() if kind!='block' for i in blocks})
-    if inside: find_mlp(lm, inside) # sub-layers of all these blocks in one pass
-    for kind,blocks in plan.gone.items():
-        zeros += KINDS[kind].act(verb)(job, find_units(lm, kind, blocks))
+    for kind,found in _find_all(lm, plan).items(): zeros += KINDS[kind].act(verb)(job, found)
     return view.model,tensor_names(view.model, zeros)
+
+def _find_all(lm, plan):
+    "{kind: what was found}; the sub-layers of all blocks in which something goes are looked for in one pass"
+    inside = sorted({i for kind,blocks in plan.gone.items() if kind!='block' for i in blocks})
+    if inside: find_mlp(lm, inside)
+    return {kind:find_units(lm, kind, blocks) for kind,blocks in plan.gone.items()}
 
 def tensor_names(
     model,   # Any module
