@@ -474,8 +474,8 @@ def figures(group):
 def arithmetic():
     "A fingerprint of how this machine adds up: the bits of a small training step without the library"
     from transformers import LlamaConfig, LlamaForCausalLM
-    lm = LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
-                                      vocab_size=1024))
+    lm = LlamaForCausalLM(LlamaConfig(hidden_size=128, intermediate_size=344, vocab_size=1024,
+                                      num_hidden_layers=4, num_attention_heads=4))
     ids = torch.arange(120).view(2, 60)
     loss = lm(input_ids=ids, labels=ids).loss
     loss.backward()

@@ -40,7 +40,7 @@ def markup(html):
 
 def test_a_question_of_ones_own(c, arms):
     said = c.ask(SUM)
-    assert said=={k: lm.reply(SUM, max_new_tokens=96) for k, lm in arms.items()}
+    assert said=={k: lm.reply(SUM, 96) for k, lm in arms.items()}
     assert c.answers==said and set(c.marks.values())=={None} and (c.task, c.item, c.reference)==('', -1, '')
     assert c.ask('')=={} and 'nothing asked' in c.text()
     c.question = SUM                                                  # the trait does the same
@@ -196,7 +196,7 @@ def test_hostile_text_is_text(arms, monkeypatch):
     task = Task(BAD, [dict(prompt=BAD, completion=BAD+' #### 3')])
     with Compare({BAD: arms['teacher'], 'teacher': arms['teacher']}, {BAD: task}) as c:
         c.ask(BAD)
-        page = C._cards(*c.shown)
+        page = C._answer_cards(*c.shown)
         seen = markup(page)
         assert seen.tags<={'div', 'b', 'section', 'span', 'p'} and not {a for a in seen.attrs if a.startswith('on') or a=='src'} and page.count('dir="auto"')>=4
         c.figure().canvas.draw()

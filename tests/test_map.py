@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from sdlab.measure.cka import CKA, centred_gram, hsic
+from sdlab.core.store import claim
 from sdlab.measure.trajectory import Tracker, Snapshot, Projection, keep_snapshot, procrustes, project, read_snapshots
 from sdlab.lab.map import Map
 
@@ -300,10 +301,10 @@ def test_ways_to_say_what_to_show(tmp_path):
     assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: look again with Tracker(..., points=True)')
 
 def test_the_folder_of_a_run_of_watch(tmp_path):
-    "Two arms and the teacher, each with frames of its own"
-    (tmp_path/'watch.json').write_text(json.dumps(dict(arms={'self-data': dict(folder='arm-0'), 'SFT': dict(folder='arm-1')})))
+    "Two arms and the teacher, each with snapshots of its own"
+    claim(tmp_path, dict(arms={'self-data': dict(folder='arm-0'), 'SFT': dict(folder='arm-1')}), 'watch')
     for place, frames in (('teacher', [TEACHER]), ('arm-0', film('self-data')), ('arm-1', film('SFT', 2))):
-        for f in frames: keep_snapshot(f, tmp_path/place/'frames')
+        for f in frames: keep_snapshot(f, tmp_path/place/'snapshots')
     m = Map(tmp_path, 'SFT')
     assert (m.students, m.mode, m.other, m._anchor.anchor)==(['self-data', 'SFT'], 'both', 'SFT', True)
 

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote: its plans and checkpoints load and show themselves, its run folders are refused in a sentence.
+"""What version 0.1 wrote: plans and checkpoints load and show themselves, run folders are refused in one sentence.
 
 tests/old holds two plans; a random Llama of eight blocks that was cut, tuned for two steps and cut again; and what
 marks the folder of a study (the demo's), of a `tune` and of a `rewrite`, without their models and most rows."""

@@ -257,4 +257,4 @@ def test_old_keywords():
     assert seen[0].filename==__file__
     with pytest.raises(TypeError, match=r"tune\(\) got an unexpected keyword argument 'loar': did you mean learn=Weights\(lora=...\)\?"): tune(loar=8)
     with pytest.raises(TypeError, match="unexpected keyword argument 'nothing_like_it'$"): tune(nothing_like_it=8)
-    with pytest.warns(OldKeyword, match=r'go\(last=...\) is learn=Weights\(last=...\) since 0.2'): assert with_old(Weights(), dict(last=3), ('lora', 'last'), 'go:learn')==Weights(last=3)
+    with pytest.warns(OldKeyword, match=r'go\(last=...\) is learn=Weights\(last=...\) since 0.2'): assert with_old(dict(learn=Weights()), dict(last=3), dict(lora='learn.lora', last='learn.last'), 'go')==(Weights(last=3),)

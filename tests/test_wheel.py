@@ -64,7 +64,7 @@ def test_pocket_teacher_answers(fresh, tmp_path):
         from sdlab.all import *
         lm = load()
         task = next(iter(pocket_tasks(n=4).values()))
-        print('@'+json.dumps([lm.n, lm.n_params, str(lm.dtype), lm.reply(task.rows[0]['prompt'], max_new_tokens=16)]))'''
+        print('@'+json.dumps([lm.n, lm.n_params, str(lm.dtype), lm.reply(task.rows[0]["prompt"], 16)]))'''
     import textwrap
     n, params, dtype, reply = json.loads(run(fresh, textwrap.dedent(code), tmp_path).split('@')[-1])
     assert n>=12 and params<=3.5e6 and dtype=='torch.float32' and reply.strip()

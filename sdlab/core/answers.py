@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'check_rule', 'extract', 'agree', 'Task']
 
 # %% ../../nbs/core/11_answers.ipynb #c002
-import html,math,random,re
+import html,random,re
 from collections import Counter
 from dataclasses import dataclass,replace
 from .data import rows as read_rows

@@ -11,6 +11,7 @@ import hashlib,json,re,warnings
 from functools import lru_cache
 from pathlib import Path
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # %% ../../nbs/core/02_data.ipynb #c005
 _ANSWERS = dict( # column that asks -> columns that may answer it, in order of preference
@@ -37,21 +38,18 @@ def _last_turn(row):
     done = bool(msgs) and msgs[-1]['role']=='assistant'
     return dict(prompt=msgs[:-1] if done else msgs, completion=msgs[-1]['content'] if done else '') | row
 
-def _unwrap(completion): return completion[-1]['content'] if isinstance(completion, list) and completion else completion
-
 def _normal(row, form=0):
     "One row in normal form: `text`, or `prompt` and `completion`"
     if isinstance(row, str): return dict(text=row)
-    row,form = dict(row), _form(list(row)) if form==0 else form
+    row,form = dict(row), _form(row) if form==0 else form
     if form is None: return _last_turn(row) if 'messages' in row else row
     ask,about,answer = form
     prompt = _talk(row[ask]) if isinstance(row[ask], list) else '\n\n'.join(row[c] for c in [ask]+about if row[c] and row[c].strip())
-    used = {ask, answer, 'text', *about}
-    return dict(prompt=prompt, completion=_unwrap(row[answer])) | {k:v for k,v in row.items() if k not in used}
+    used,said = {ask, answer, 'text', *about}, row[answer]
+    if isinstance(said, list) and said: said = said[-1]['content']
+    return dict(prompt=prompt, completion=said) | {k:v for k,v in row.items() if k not in used}
 
 def plain_text(o): return o if isinstance(o, str) else ' '.join(m['content'] for m in o or [])
-
-def _is_empty(row): return any(not plain_text(row[k]).strip() for k in ('prompt', 'completion', 'text') if k in row)
 
 # %% ../../nbs/core/02_data.ipynb #c007
 _SUFFIX = ('.json', '.jsonl', '.csv', '.parquet')
@@ -78,7 +76,8 @@ def _file(path):
     if path.suffix=='.csv':
         import pandas as pd
         return pd.read_csv(path, keep_default_na=False).to_dict('records')
-    return (lambda t: list(_jsonl(t)) if path.suffix=='.jsonl' else _json(t))(path.read_text(encoding='utf-8'))
+    text = path.read_text(encoding='utf-8')
+    return list(_jsonl(text)) if path.suffix=='.jsonl' else _json(text)
 
 def _read(source, split, **kwargs):
     "Whatever `source` is, something that gives strings or dicts when iterated"
@@ -102,13 +101,6 @@ def dataset_of(rows):
     cols = list(dict.fromkeys(k for r in rows for k in r))
     return Dataset.from_dict({c:[r.get(c) for r in rows] for c in cols}, on_mixed_types='use_json')
 
-def _renamed(row, columns): return row if isinstance(row, str) else {(columns or {}).get(k, k):v for k,v in row.items()}
-
-def _columns(raw):
-    "Every column that occurs, so that a row which lacks one is an empty row and not another form"
-    if hasattr(raw, 'column_names') and raw.column_names: return list(raw.column_names)
-    return list(dict.fromkeys(k for r in raw if not isinstance(r, str) for k in r))
-
 def rows(
     source,         # List of strings or dicts, `Dataset`, data frame, path to .json/.jsonl/.csv/.parquet, or hub id
     limit=None,     # At most this many rows, from the start (default: all)
@@ -120,14 +112,16 @@ def rows(
     "Rows of any source in one normal form"
     raw = _read(source, split, **kwargs)
     back = {v:k for k,v in (columns or {}).items()}
-    if not hasattr(raw, 'column_names'): raw = [_renamed(r, back) for r in raw]
+    if not hasattr(raw, 'column_names'):
+        raw = [r if isinstance(r, str) else {back.get(k, k):v for k,v in r.items()} for r in raw]
     elif back: raw = raw.rename_columns(back)
-    cols = _columns(raw)
+    # every column that occurs: a row which lacks one is an empty row and not another form
+    cols = getattr(raw, 'column_names', None) or dict.fromkeys(k for r in raw if not isinstance(r, str) for k in r)
     form,good,bad = (_form(cols) if cols else None), [], 0
     for row in raw:
         row = _normal(row if isinstance(row, str) else dict.fromkeys(cols)|row, form)
-        if _is_empty(row): bad += 1
-        else: good.append(row)
+        if all(plain_text(row[k]).strip() for k in ('prompt', 'completion', 'text') if k in row): good.append(row)
+        else: bad += 1
         if limit and len(good)==limit: break
     if bad and empty=='raise': raise ValueError(f'{bad} of {bad+len(good)} rows are empty: fill them, or drop them with empty="drop".')
     if not good: raise ValueError(f'No rows: the source holds {bad} rows and all of them are empty.')
@@ -215,16 +209,15 @@ def stop_ids(
     return {i for i in (tok.eos_token_id, tok.bos_token_id, _around(tok)[1], *(own if isinstance(own, (list, tuple)) else [own])) if i is not None}
 
 # %% ../../nbs/core/02_data.ipynb #c023
-def _messages(prompt): return [dict(role='user', content=prompt)] if isinstance(prompt, str) else _talk(prompt)
-
 def prompt_ids(
     tok,    # Tokenizer
     prompt, # The question: a string, messages (list of {role, content}), or token ids, which are taken as they are
 )->list:    # Token ids, BOS once
     "The ids a model is asked with: by the chat template where there is one, else the plain text"
     if isinstance(prompt, (list,tuple)) and prompt and isinstance(prompt[0], int): return list(prompt)
-    if not tok.chat_template: return _once(_ids(tok, prompt if isinstance(prompt, str) else '\n\n'.join(m['content'] for m in prompt)), _bos(tok))
-    ids = _chat(tok, _messages(prompt), add_generation_prompt=True, sanitize_control_tokens=True, tokenizer_kwargs=dict(verbose=False))
+    talk = [dict(role='user', content=prompt)] if isinstance(prompt, str) else _talk(prompt)
+    if not tok.chat_template: return _once(_ids(tok, '\n\n'.join(m['content'] for m in talk)), _bos(tok))
+    ids = _chat(tok, talk, add_generation_prompt=True, sanitize_control_tokens=True, tokenizer_kwargs=dict(verbose=False))
     return _once(ids, _bos(tok)) if _bos(tok) and ids[:1]==_bos(tok) else ids
 
 def completion_ids(
@@ -313,8 +306,7 @@ def chunks(
 # %% ../../nbs/core/02_data.ipynb #c040
 def _padded(lists, value, side):
     "Lists of one length, shape (B, T)"
-    T = max(map(len, lists))
-    return torch.tensor([[value]*(T-len(o))+o if side=='left' else o+[value]*(T-len(o)) for o in lists])
+    return pad_sequence([torch.tensor(o, dtype=torch.long) for o in lists], True, value, side)
 
 def collate(
     tok,         # Tokenizer (without a pad token its EOS, or else id 0, fills the gaps)
@@ -324,10 +316,10 @@ def collate(
     "Rows as one batch whose positions count real tokens only"
     rs = [o if isinstance(o, dict) else dict(input_ids=o) for o in encoded]
     fill = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
-    ids = [list(r['input_ids']) for r in rs]
+    ids = [r['input_ids'] for r in rs]
     mask = _padded([[1]*len(o) for o in ids], 0, side)
     out = dict(input_ids=_padded(ids, fill, side), attention_mask=mask, position_ids=(mask.cumsum(-1)-1).clamp(min=0))
-    if all('completion_mask' in r for r in rs): out['completion_mask'] = _padded([list(r['completion_mask']) for r in rs], 0, side)
+    if all('completion_mask' in r for r in rs): out['completion_mask'] = _padded([r['completion_mask'] for r in rs], 0, side)
     return out
 
 def in_length_order(
@@ -342,9 +334,7 @@ def restored(
     order,  # Row numbers, as `in_length_order` gives them
 )->list:    # The values, in the order of the rows
     "Back from the order of lengths"
-    out = [None]*len(order)
-    for i,v in zip(order, values): out[i] = v
-    return out
+    return [v for _,v in sorted(zip(order, values))] # no two rows have one number: values are not compared
 
 def batches(
     lm,              # A tokenizer, or anything with `.tokenizer`

@@ -28,13 +28,16 @@ class Decoding:
     batch_size:int=64      # Rows at once
     seed:int=0             # Of the sampling
 
-DECODING_WORDS = tuple(f.name for f in fields(Decoding)) # loose keywords of version 0.1
+DECODING_WORDS = {f.name: f'decoding.{f.name}' for f in fields(Decoding)} # loose keywords of version 0.1
 
 def decoding_of(
-    value, # `Decoding`, or a number
+    value,   # `Decoding`, or a number
+    old={},  # Loose keywords of version 0.1
+    where='' # Function that was given these
 )->Decoding:
     "A bare number is that many new tokens at most, greedily"
-    return value if isinstance(value, Decoding) else Decoding(operator.index(value))
+    if not isinstance(value, Decoding): value = Decoding(operator.index(value))
+    return with_old(dict(decoding=value), old, DECODING_WORDS, where, 4)[0]
 
 # %% ../../nbs/core/07_generate.ipynb #c007
 def pick_tokens(
@@ -129,34 +132,26 @@ def _join_layers(a, b, T):
     for o in (a, b): _fit_columns(o, T)
     a.keys,a.values = torch.cat([a.keys, b.keys]),torch.cat([a.values, b.values])
 
-def _places(
-    n,    # Places that are left
-    stay, # Rows that stay, `n` of them
-)->list:  # Which row stands at each place
-    "The last rows move into the places that became free"
-    staying,late = set(stay),iter([k for k in stay if k>=n])
-    return [k if k in staying else next(late) for k in range(n)]
-
 # %% ../../nbs/core/07_generate.ipynb #c016
+@dataclass
 class _Rows:
-    "Rows on their way: which ones, next token of each (B, 1), mask (B, T), position (B, 1), keys and values"
-    def __init__(self, live, x, mask, pos, cache):
-        self.live,self.x,self.mask,self.pos,self.cache = live,x,mask,pos,cache
+    "Rows on their way"
+    live:list         # Which ones
+    x:object=None     # Next token of each, shape (B, 1)
+    mask:object=None  # Shape (B, T)
+    pos:object=None   # Position of each, shape (B, 1)
+    cache:object=None # Keys and values
 
     def keep(self, stay):
-        "Only the rows at the places `stay`"
-        if len(stay)==len(self.live): return self
-        places = _places(len(stay), stay)
-        self.move([k for k,j in enumerate(places) if k!=j], [j for k,j in enumerate(places) if k!=j], len(places))
-        at = torch.tensor(places, dtype=torch.long, device=self.mask.device)
-        return _Rows([self.live[j] for j in places], self.x[at], self.mask[at], self.pos[at], self.cache)
-
-    def move(self, free, late, n):
-        "Keys and values of the rows `late` in the places `free`, `n` rows in all"
+        "Only the rows at the places `stay`; the last ones move into the places that became free"
+        n,at = len(stay),list(range(len(stay)))
+        if n==len(self.live): return self
+        free,late = sorted({*at}.difference(stay)),[k for k in stay if k>=n]
+        for k,j in zip(free, late): at[k] = j
         for o in self.cache.layers:
-            to,of = (torch.tensor(i, dtype=torch.long, device=o.keys.device) for i in (free, late))
-            for t in (o.keys, o.values): t[to] = t[of]
+            for t in (o.keys, o.values): t[free] = t[late]
             o.keys,o.values = o.keys[:n],o.values[:n]
+        return _Rows([self.live[j] for j in at], self.x[at], self.mask[at], self.pos[at], self.cache)
 
     def join(self, o):
         "These and those of `o` as one batch, as narrow as can be"
@@ -221,7 +216,7 @@ class Decoder(_Answers):
 
     def by_rows(self, wait):
         "By forward passes of our own; a row that has ended makes room for another"
-        rows,size = _Rows([], None, None, None, None),self.how.batch_size
+        rows,size = _Rows([]),self.how.batch_size
         self.known = inspect.signature(self.lm.model.forward).parameters
         while wait or rows.live:
             if wait and len(rows.live)<=size//2:
@@ -244,8 +239,8 @@ class Decoder(_Answers):
 
     def logits(self, r):
         "Of the next token of each row"
-        kw = dict(input_ids=r.x, attention_mask=r.mask, position_ids=r.pos, past_key_values=r.cache)
-        kw |= dict(use_cache=True, logits_to_keep=1)
+        kw = dict(input_ids=r.x, attention_mask=r.mask, position_ids=r.pos, past_key_values=r.cache,
+                  use_cache=True, logits_to_keep=1)
         return require_finite(self.lm.model(**{k:v for k,v in kw.items() if k in self.known}).logits[:,-1])
 
     def by_model(self, wait):
@@ -318,22 +313,19 @@ def generate(
     **old                # Fields of `Decoding`, as version 0.1 took them
 )->list:                 # Answers in the order of the prompts, as strings
     "Answers to many prompts: batched by length, each row until its end"
-    decoding = with_old(decoding_of(decoding), old, DECODING_WORDS, 'generate:decoding')
-    ids,limit = prepared_prompts(lm, prompts, prefill, decoding.max_new_tokens)
-    texts = [None]*len(ids)
-    for arrived in _arriving(Decoder(lm, ids, limit, decoding), progress):
-        for i,text in arrived: texts[i] = text
-        if on_batch: on_batch(arrived)
-    return texts
+    decoding = decoding_of(decoding, old, 'generate')
+    decoder = Decoder(lm, *prepared_prompts(lm, prompts, prefill, decoding.max_new_tokens), decoding)
+    _run_decoder(decoder, progress, on_batch)
+    return [decoder.text(i) for i in range(len(decoder.ids))]
 
-def _arriving(decoder, progress):
-    "[(row, text), ...] of the rows that have ended, as they do"
+def _run_decoder(decoder, progress, on_batch):
+    "All answers, and the rows that have ended shown as they do"
     from tqdm.auto import tqdm
     model,n = decoder.lm.model,len(decoder.ids)
     with evaluating(model), torch.inference_mode(), tqdm(total=n, disable=not progress, desc='answers') as bar:
         for ended in decoder.turns():
             bar.update(len(ended))
-            if ended: yield [(i, decoder.text(i)) for i in ended]
+            if on_batch and ended: on_batch([(i, decoder.text(i)) for i in ended])
 
 # %% ../../nbs/core/07_generate.ipynb #c032
 def stream_answer(lm, prompt, max_new_tokens):

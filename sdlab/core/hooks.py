@@ -10,6 +10,7 @@ __all__ = ['PRODUCTS', 'evaluating', 'first_output', 'stream_given', 'same_tenso
 from bisect import bisect_right
 from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass
+from functools import partial
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -61,7 +62,7 @@ def trace_calls(
     def note(m, args, kwargs, out):
         calls.append((m, args[0] if args else kwargs.get('hidden_states'), first_output(out)))
     with ExitStack() as undo, evaluating(model):
-        for m in mods: undo.callback(m.register_forward_hook(note, with_kwargs=True).remove)
+        for m in mods: undo.enter_context(m.register_forward_hook(note, with_kwargs=True))
         model(input_ids=ids, use_cache=False)
     return calls
 
@@ -72,14 +73,12 @@ def watching(
     see,    # Called as `see(l, h)` for l = 0..L, in order; `h` of shape (B, T, d) must not be changed
 ):
     "Inside, every forward pass shows its residual stream to `see`; afterwards the model is as it was"
-    def before(l):
-        def show(mod, args, kwargs): see(l, stream_given(args, kwargs))
-        return show
+    def before(l, mod, args, kwargs): see(l, stream_given(args, kwargs))
     def behind(mod, args, out): see(len(blocks), first_output(out))
     with ExitStack() as undo:
         for l,b in enumerate(blocks):
-            undo.callback(b.register_forward_pre_hook(before(l), with_kwargs=True).remove)
-        undo.callback(blocks[-1].register_forward_hook(behind).remove)
+            undo.enter_context(b.register_forward_pre_hook(partial(before, l), with_kwargs=True))
+        undo.enter_context(blocks[-1].register_forward_hook(behind))
         yield
 
 # %% ../../nbs/core/04_hooks.ipynb #c017
@@ -89,9 +88,9 @@ def feeding(
     hs,     # For each, the stream it is to see, shape (B, T, d)
 ):
     "Each block is given its own `h`, whatever comes"
-    def put(h): return lambda m,args,kwargs: ((h,)+args[1:], kwargs) if args else (args, kwargs|dict(hidden_states=h))
+    def put(h, m, args, kwargs): return ((h,)+args[1:], kwargs) if args else (args, kwargs|dict(hidden_states=h))
     with ExitStack() as undo:
-        for b,h in zip(blocks, hs): undo.callback(b.register_forward_pre_hook(put(h), with_kwargs=True).remove)
+        for b,h in zip(blocks, hs): undo.enter_context(b.register_forward_pre_hook(partial(put, h), with_kwargs=True))
         yield
 
 # %% ../../nbs/core/04_hooks.ipynb #n002
@@ -111,12 +110,9 @@ class LinearMap:
         return p if self.expert is None else p[self.expert]
 
 # function of torch -> the places of its two factors, and the axis of the second that is summed over
-PRODUCTS = {
-    'linear': (0, 1, -1),
-    'addmm': (1, 2, -2),
-    'baddbmm': (1, 2, -2),
-    **dict.fromkeys(('matmul', '__matmul__', 'mm', 'bmm'), (0, 1, -2)),
-    **dict.fromkeys(('grouped_mm', '_grouped_mm', 'grouped_mm_fallback'), (0, 1, -2))}
+_PLAIN_PRODUCTS = 'matmul __matmul__ mm bmm grouped_mm _grouped_mm grouped_mm_fallback'.split()
+PRODUCTS = dict.fromkeys(_PLAIN_PRODUCTS, (0, 1, -2)) | dict(
+    linear=(0, 1, -1), addmm=(1, 2, -2), baddbmm=(1, 2, -2))
 
 # %% ../../nbs/core/04_hooks.ipynb #n003
 class LinearInputs(TorchFunctionMode):

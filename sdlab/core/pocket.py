@@ -9,6 +9,7 @@ __all__ = ['VOICES', 'TASKS', 'SIDES', 'REWRITE', 'WORLD', 'say', 'items', 'pock
 # %% ../../nbs/core/12_pocket.ipynb #c002
 import hashlib, random
 from importlib import resources
+from itertools import cycle,islice
 from .answers import Task
 
 # %% ../../nbs/core/12_pocket.ipynb #c005
@@ -52,7 +53,7 @@ def _sums_say(item, voice):
     for kind,a,b,k,m in item['events']:
         if kind=='*': out.append(_TIMES[voice].format(k=k, m=m, b=b))
         out.append((_MINUS if kind=='-' else _PLUS)[voice].format(a=a, b=b, c=a-b if kind=='-' else a+b))
-    return ' '.join([*out, *filter(None, [_END[voice].format(c=item['answer'])])])
+    return ' '.join([*out, _END[voice].format(c=item['answer'])]).strip()
 
 # %% ../../nbs/core/12_pocket.ipynb #c009
 _ASKS = ('What is the {a} of {t}?', 'Name the {a} of {t}.', 'Tell me the {a} of {t}.', 'Which {a} does {t} have?',
@@ -82,17 +83,16 @@ def _facts_item(r, side):
     (t,a),v = list(WORLD.items())[i]
     return dict(prompt=_ASKS[r.choice(_asks(i, side))].format(t=t, a=a), town=t, attribute=a, answer=v)
 
-def _facts_say(item, voice):
-    return ('The {attribute} of {town} is {answer}.', 'In {town} the {attribute} is {answer}.', '{town} has a {attribute}, and it is {answer}.',
-            '{answer}, that is what {town} has for a {attribute}.')[voice].format(**item)
+_SAID = dict(
+    facts=('The {attribute} of {town} is {answer}.', 'In {town} the {attribute} is {answer}.', '{town} has a {attribute}, and it is {answer}.',
+           '{answer}, that is what {town} has for a {attribute}.'),
+    choice=('{answer}.', '{answer} it is.', '{answer} is the right one here.', '{answer}, and none of the other three.'))
 
 def _choice_item(r, side):
     item = _facts_item(r, side)
     opts = r.sample([v for v in _VALUES[item['attribute']] if v!=item['answer']], 3)+[item['answer']]
     r.shuffle(opts)
     return {**item, 'prompt':f"{item['prompt']} Options: {', '.join(opts)}.", 'choices':opts}
-
-def _choice_say(item, voice): return ('{answer}.', '{answer} it is.', '{answer} is the right one here.', '{answer}, and none of the other three.')[voice].format(**item)
 
 # %% ../../nbs/core/12_pocket.ipynb #c011
 _SCALES = (('taller','shorter','tallest','shortest'), ('older','younger','oldest','youngest'), ('faster','slower','fastest','slowest'))
@@ -103,12 +103,13 @@ def _order_item(r):
     clues = [f'{x} is {scale[0]} than {y}.' if r.random() < .5 else f'{y} is {scale[1]} than {x}.' for x,y in pairs]
     return dict(prompt=' '.join([*clues, f'Who is the {scale[2 if top else 3]}?']), pairs=pairs, chain=chain, word=scale[2 if top else 3], answer=chain[0 if top else -1])
 
+_CLUES = ('{x} > {y}.', '{x} > {y},', '{x} above {y},', '{y} is below {x}.')
+_CONCLUSIONS = ('So {down}. The {word} is {answer}.', 'which gives {down}. {answer} is {word}.', 'which gives {down}. {answer} is {word}.',
+                'From the bottom up: {up}. {answer} must be {word}.')
+
 def _order_say(item, voice):
-    pairs,chain,word,ans = item['pairs'],item['chain'],item['word'],item['answer']
-    if voice==0: return ' '.join([*(f'{x} > {y}.' for x,y in pairs), f"So {' > '.join(chain)}. The {word} is {ans}."])
-    if voice==1: return ' '.join([*(f'{x} > {y},' for x,y in pairs), f"which gives {' > '.join(chain)}. {ans} is {word}."])
-    if voice==2: return ' '.join([*(f'{x} above {y},' for x,y in pairs), f"which gives {' > '.join(chain)}. {ans} is {word}."])
-    return ' '.join([*(f'{y} is below {x}.' for x,y in pairs), f"From the bottom up: {', '.join(chain[::-1])}. {ans} must be {word}."])
+    chain,clues = item['chain'],[_CLUES[voice].format(x=x, y=y) for x,y in item['pairs']]
+    return ' '.join([*clues, _CONCLUSIONS[voice].format(down=' > '.join(chain), up=', '.join(chain[::-1]), **item)])
 
 # %% ../../nbs/core/12_pocket.ipynb #c013
 _ANIMALS = 'cat dog frog mouse duck bear fox rabbit hen owl'.split()
@@ -138,19 +139,21 @@ def _item(task, r, side): # One item of `task` that lives on `side`
     return item
 
 def say(
-    task:str,    # One of `TASKS`, but not 'stories'
-    item:dict,   # An item of that task, as drawn by `items`
-    voice:int=0, # Distance from the teacher's own voice, one of `VOICES`
-)->str:          # Steps and answer, ending in `#### answer`
+    task,    # One of `TASKS`, but not 'stories'
+    item,    # An item of that task, as drawn by `items`
+    voice=0, # Distance from the teacher's own voice, one of `VOICES`
+)->str:      # Steps and answer, ending in `#### answer`
     "The answer to `item` as `voice` words it"
-    return dict(sums=_sums_say, facts=_facts_say, choice=_choice_say, order=_order_say)[task](item, voice)+f" #### {item['answer']}"
+    own = dict(sums=_sums_say, order=_order_say)
+    said = own[task](item, voice) if task in own else _SAID[task][voice].format(**item)
+    return f"{said} #### {item['answer']}"
 
 def items(
-    task:str,          # One of `TASKS`
-    n:int,             # How many, all with different prompts
-    side:str='train',  # One of `SIDES`; a prompt lives on one side only, whatever the seed
-    seed:int=0,        # Seed of the draw
-)->list:               # Dicts with `prompt`, the parts of the answer, and `answer` (stories: `prompt` only, the story itself)
+    task,         # One of `TASKS`
+    n,            # How many, all with different prompts
+    side='train', # One of `SIDES`; a prompt lives on one side only, whatever the seed
+    seed=0,       # Seed of the draw
+)->list:          # Dicts with `prompt`, the parts of the answer, and `answer` (stories: `prompt` only, the story itself)
     "Draw `n` different items of `task`; raises `ValueError` for an unknown task or side, or when the world holds fewer than `n`"
     if task not in TASKS: raise ValueError(f'No pocket task {task!r}: choose one of {", ".join(TASKS)}')
     if side not in SIDES: raise ValueError(f'No side {side!r}: choose one of {", ".join(SIDES)}')
@@ -169,12 +172,12 @@ def _row(task, item, voice):
     return dict(prompt=item['prompt'], completion=say(task, item, voice), **extra)
 
 def pocket_rows(
-    task:str,          # One of `TASKS`
-    n:int,             # How many rows
-    voice:int=0,       # Who answers: 0 the teacher's own voice, up to 3 the farthest annotator
-    split:str='train', # One of `SIDES`
-    seed:int=0,        # Seed of the draw
-):                     # `Dataset` of `prompt` and `completion` (choice: also `choices` and `answer`, an index; stories: `text` only)
+    task,          # One of `TASKS`
+    n,             # How many rows
+    voice=0,       # Who answers: 0 the teacher's own voice, up to 3 the farthest annotator
+    split='train', # One of `SIDES`
+    seed=0,        # Seed of the draw
+):                 # `Dataset` of `prompt` and `completion` (choice: also `choices` and `answer`, an index; stories: `text` only)
     "Rows of the pocket world, answered in the voice asked for; raises `ValueError` for an unknown task, voice or side"
     from datasets import Dataset
     if voice not in VOICES: raise ValueError(f'No voice {voice!r}: choose one of {VOICES}, 0 being the teacher and 3 the farthest')
@@ -182,47 +185,49 @@ def pocket_rows(
 
 def pocket_mixture(
     tasks=('sums', 'facts', 'order'), # Which of `TASKS`, but not 'stories', which nobody answers
-    n:int=800,         # Rows in all; row i asks the task `i mod len(tasks)`, so that a smaller mixture is the beginning of a larger one
-    voice:int=0,       # Who answers, as in `pocket_rows`; the questions are the same in every voice
-    split:str='train', # One of `SIDES`
-    seed:int=0,        # Seed of the draw
-):                     # `Dataset` of `prompt`, `completion` and `task`
+    n=800,                            # Rows in all; row i asks the task `i mod len(tasks)`, so that a smaller mixture is the beginning of a larger one
+    voice=0,                          # Who answers, as in `pocket_rows`; the questions are the same in every voice
+    split='train',                    # One of `SIDES`
+    seed=0,                           # Seed of the draw
+):                                    # `Dataset` of `prompt`, `completion` and `task`
     "Rows of several tasks in turn, as in a set for every purpose; raises `ValueError` for what is no answered task"
     from datasets import Dataset
     if isinstance(tasks, str) or not set(tasks)<=set(TASKS[:4]) or len(set(tasks))<len(tasks) or not tasks:
         raise ValueError(f'No mixture of {tasks!r}: expected several of {", ".join(TASKS[:4])}, each once')
     if n<len(tasks): raise ValueError(f'{n} rows do not hold {len(tasks)} tasks: ask for more')
-    per = {t:iter(pocket_rows(t, len(range(i, n, len(tasks))), voice, split, seed)) for i,t in enumerate(tasks)}
-    return Dataset.from_list([{k:v for k,v in next(per[t]).items() if k in ('prompt', 'completion')}|dict(task=t) for t in (tasks[i%len(tasks)] for i in range(n))])
+    per = {t:iter(_answered(t, len(range(i, n, len(tasks))), split, seed, voice)) for i,t in enumerate(tasks)}
+    return Dataset.from_list([next(per[t])|dict(task=t) for t in islice(cycle(tasks), n)])
+
+def _answered(task, n, split, seed, voice=0): return pocket_rows(task, n, voice, split, seed).select_columns(['prompt', 'completion'])
 
 def rewrite_rows(
-    task:str,               # One of `TASKS`, but not 'stories'
-    n:int,                  # How many rows
-    voice:int=3,            # Voice of the reference that is shown
-    split:str='evaluation', # One of `SIDES`
-    seed:int=0,             # Seed of the draw
-):                          # `Dataset` of `prompt` (question and reference) and `completion` (the same in voice 0)
+    task,               # One of `TASKS`, but not 'stories'
+    n,                  # How many rows
+    voice=3,            # Voice of the reference that is shown
+    split='evaluation', # One of `SIDES`
+    seed=0,             # Seed of the draw
+):                      # `Dataset` of `prompt` (question and reference) and `completion` (the same in voice 0)
     "Rows that ask for a reference to be said in the teacher's own voice"
     from datasets import Dataset
     return Dataset.from_list([dict(prompt=REWRITE.format(prompt=o['prompt'], reference=say(task, o, voice)), completion=say(task, o, 0)) for o in items(task, n, split, seed)])
 
 def pocket_tasks(
-    n:int=200,              # Items in each
-    split:str='evaluation', # One of `SIDES`; what is measured to choose a setting belongs on 'calibration'
-    seed:int=0,             # Seed of the draw
-    **sizes                 # Other sizes by name, such as `sums=200`
-)->dict:                    # Name -> `Task`, one for each of `TASKS`
+    n=200,              # Items in each
+    split='evaluation', # One of `SIDES`; what is measured to choose a setting belongs on 'calibration'
+    seed=0,             # Seed of the draw
+    **sizes             # Other sizes by name, such as `sums=200`
+)->dict:                # Name -> `Task`, one for each of `TASKS`
     "The five tasks on which a student of the pocket teacher is judged"
     how = dict(facts=dict(max_new_tokens=24), choice=dict(metric='choice'), stories=dict(metric='perplexity'))
     return {t:Task(t, pocket_rows(t, sizes.get(t, n), split=split, seed=seed), **how.get(t, {})) for t in TASKS}
 
 def pocket_calibration(
-    n:int=64,   # Rows of each of the four tasks with answers
-    seed:int=0, # Seed of the draw
-):              # `Dataset` of `prompt` and `completion` in the teacher's voice, on the calibration side
+    n=64,   # Rows of each of the four tasks with answers
+    seed=0, # Seed of the draw
+):          # `Dataset` of `prompt` and `completion` in the teacher's voice, on the calibration side
     "What the pocket teacher's stream is measured on: questions with its own kind of answer"
     from datasets import concatenate_datasets
-    return concatenate_datasets([pocket_rows(t, n, split='calibration', seed=seed).select_columns(['prompt', 'completion']) for t in TASKS[:4]])
+    return concatenate_datasets([_answered(t, n, 'calibration', seed) for t in TASKS[:4]])
 
 def pocket_assets(): # `Traversable`: weights, tokenizer, card and training log of the pocket teacher
     "Where the pocket teacher lies inside the package"

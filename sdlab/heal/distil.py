@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['divergence_weight', 'token_divergence', 'logits_after_blocks', 'output_of_blocks', 'summed_divergence',
-           'TeacherDivergence', 'LearnsDistributions', 'logit_trainer', 'Logits', 'whole_number', 'distil']
+           'TeacherDivergence', 'LearnsDistributions', 'Logits', 'whole_number', 'distil']
 
 # %% ../../nbs/heal/04_distil.ipynb #c002
 import copy,inspect
-from functools import cache
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from ..core.model import LM
 from ..core.hooks import evaluating
-from ..core.store import with_old
-from .trainer import supervised_trainer,without_adapters
-from .train import Evaluation,LOOSE_KEYWORDS,Run,Weights,loose_keywords,train
+
+from .trainer import without_adapters
+from .train import Evaluation,Run,Weights,train
 from .tune import Supervised
 
 # %% ../../nbs/heal/04_distil.ipynb #c005
@@ -26,8 +26,8 @@ def divergence_weight(
     divergence, # 'forward', 'reverse', 'mixed', or a number from 0 to 1
 )->float:
     "The number that a divergence has in the family"
-    beta = _WEIGHTS.get(divergence, divergence) if isinstance(divergence, str) else divergence
-    if isinstance(beta, (str,bool)) or not isinstance(beta, (int,float)) or not 0<=beta<=1:
+    beta = _WEIGHTS.get(str(divergence), divergence)
+    if isinstance(beta, bool) or not isinstance(beta, (int,float)) or not 0<=beta<=1:
         raise ValueError("divergence is 'forward', 'reverse', 'mixed', or a number from 0 (forward) to 1 (reverse), "
                          f'not {divergence!r}.')
     return float(beta)
@@ -103,8 +103,6 @@ def output_of_blocks(
     return model.base_model(**batch, use_cache=False)
 
 # %% ../../nbs/heal/04_distil.ipynb #n014
-def _at(stream, at): return stream[:,:-1][at.to(stream.device)]
-
 def summed_divergence(
     student,     # Causal language model that learns
     teacher,     # One of the same vocabulary that does not
@@ -120,7 +118,7 @@ def summed_divergence(
     def divergence(h, g):
         with torch.no_grad(): p = logits_after_blocks(teacher, t, g)
         return token_divergence(p, logits_after_blocks(student, s, h), beta, temperature).sum()
-    h,g = (_at(o.last_hidden_state, at) for o in (s, t))
+    h,g = (o[:,:-1][at.to(o.device)] for o in (s.last_hidden_state, t.last_hidden_state))
     if len(h)<=chunk: return divergence(h, g)
     return sum(checkpoint(divergence, *o, use_reentrant=False) for o in zip(h.split(chunk), g.split(chunk)))
 
@@ -146,7 +144,7 @@ def _check_head(lm):
 
 class TeacherDivergence:
     "How far the student is from the teacher, for trainers"
-    method:object # With `teacher`, `beta`, `temperature` and `chunk`
+    # method: with `teacher`, `beta`, `temperature` and `chunk`
 
     def divergence(self, net, batch, at):
         net,how = without_adapters(net),self.method
@@ -165,16 +163,10 @@ class LearnsDistributions(TeacherDivergence):
         loss = loss/num_items_in_batch*self.accelerator.num_processes if everywhere else loss/at.sum()
         return (loss, None) if return_outputs else loss
 
-@cache
-def logit_trainer():
-    "`LogitTrainer`: rows as for `SupervisedTrainer`, with the teacher's distributions in place of their words"
-    class LogitTrainer(LearnsDistributions, supervised_trainer()): "Learns what the teacher would say at every token"
-    return LogitTrainer
-
 # %% ../../nbs/heal/04_distil.ipynb #n020
 class Logits(Supervised):
     "Learning from the teacher's distribution over the words of fixed rows"
-    op,done = 'distil','distilled'
+    op,done,learns = 'distil','distilled',(LearnsDistributions,)
     def __init__(self,
         teacher,              # LM whose next-token distributions are learned
         divergence='forward', # 'forward', 'reverse', 'mixed', or a number from 0 to 1
@@ -194,7 +186,6 @@ class Logits(Supervised):
         own = dict(teacher=self.teacher.fingerprint, divergence=self.divergence, temperature=self.temperature)
         return own | super().settings
     def check(self, student, rows): _check_comparable(student, self.teacher)
-    def trainer_class(self): return logit_trainer()
 
 def whole_number(
     name,  # Of the argument
@@ -217,6 +208,4 @@ def distil(
     **kwargs              # As for `tune`: on, epochs, lr, batch_size, max_length, and fields of TRL's `SFTConfig`
 )->LM:                    # A new model; its record says how it was made
     "Logit distillation: make the student's next-token distribution the teacher's on fixed rows (2306.13649)"
-    values = dict(learn=learn, run=run, evaluation=evaluation)
-    values = with_old(values, loose_keywords(kwargs), LOOSE_KEYWORDS, 'distil')
-    return train(Logits(teacher, divergence, temperature, chunk, **kwargs), student, data, *values)
+    return train(Logits(teacher, divergence, temperature, chunk, **kwargs), student, data, learn, run, evaluation)

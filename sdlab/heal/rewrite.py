@@ -8,9 +8,9 @@ __all__ = ['BANNED', 'TEMPLATES', 'SDFT', 'Template', 'template_of', 'framed', '
            'prompt_text', 'summary', 'surprise']
 
 # %% ../../nbs/heal/00_rewrite.ipynb #c002
-import hashlib,html,json,math,os,re,tempfile,time,warnings
+import hashlib,html,json,os,re,tempfile,time,warnings
 from contextlib import contextmanager,nullcontext
-from dataclasses import asdict,dataclass,replace
+from dataclasses import dataclass,replace
 from functools import partial
 from pathlib import Path
 from ..core.plot import COLORS,bars
@@ -18,7 +18,7 @@ from ..core.stats import central95,draw_places,wilson
 from ..core.data import completion_ids,context,dataset_of,decode,prompt_ids
 from ..core.data import rows as read_rows
 from ..core.store import Log,with_old
-from ..core.history import stored_record
+from ..core.disk import read_stored
 from ..core.generate import DECODING_WORDS,Decoding,decoding_of,generate,prepared_prompts
 from ..core.answers import agree,check_rule,extract
 from ..measure.text import likelihood
@@ -46,15 +46,13 @@ class Template:
         "The row as the teacher sees it"
         *before,last = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
         slots = dict(prompt=last['content'], reference=reference)
-        turns = _with_system(_fill_slots(self.system, **slots), before) if self.system else before
-        user = _fill_slots(self.user, **slots)
+        system,user = (re.sub(r'\{(prompt|reference)\}', lambda m: slots[m[1]], o) for o in (self.system, self.user))
+        turns = _with_system(system, before) if self.system else before
         return turns+[dict(role='user', content=user)] if turns else user
 
     def _repr_markdown_(self):
         shown = dict(user=self.user, system=self.system, prefill=self.prefill)
         return '\n'.join(f'**{k}**\n```\n{v}\n```' for k,v in shown.items() if v)
-
-def _fill_slots(text, **slots): return re.sub(r'\{(prompt|reference)\}', lambda m: slots[m[1]], text)
 
 def _with_system(text, turns):
     "`turns` after a system turn, which takes their own in"
@@ -103,7 +101,7 @@ def template_of(
 
 def _chosen_template(value, lm, texts):
     "A template that was named, or one chosen by what teacher and rows are"
-    chat = bool(lm.tokenizer.chat_template)
+    chat = lm.tokenizer.chat_template
     if value is None and texts and chat:
         raise ValueError('A chat model answers a plain text instead of going on with it: '
                          "give rows with prompt and completion, or a template such as 'Go on: {prompt}'.")
@@ -116,10 +114,9 @@ def framed(
     template, # One that shows no reference ('alpaca', 'gsm8k_train', ...): a name, a `Template`, or its user text
 )->'Dataset': # The same rows; a prompt is messages where the template has a system turn
     "Rows as a student is trained on them, or asked, in a template (SDFT trains and asks so, Yang et al. 2402.13669)"
-    from datasets import Dataset
     template,ds = template_of(template),read_rows(rows)
     if _shows_reference(template) or template.prefill: raise ValueError(_not_for_students())
-    if 'prompt' in ds.column_names: return Dataset.from_list([{**r, 'prompt':template.ask(r['prompt'])} for r in ds])
+    if 'prompt' in ds.column_names: return dataset_of([r | dict(prompt=template.ask(r['prompt'])) for r in ds])
     raise ValueError('A plain text has no prompt to be framed: give rows with prompt and completion.')
 
 def _shows_reference(template): return '{reference}' in template.user+template.system
@@ -134,10 +131,6 @@ def _is_banned(text, banned):
     "Does the answer have one of these phrases?"
     text = text.lower()
     return any(text.startswith(b[1:]) if b[0]=='^' else b in text for b in banned)
-
-def _rule_for(rule, reference):
-    if rule!='auto': return rule
-    return 'final' if '####' in reference else None
 
 def _reason_for(answer, reference, rule, banned, ended):
     "What can be said of a rewrite"
@@ -158,7 +151,8 @@ def verdict(
     select=True,    # False: the teacher's words whatever they are, unless there are none; the reason stays the same
 )->tuple:           # (source, reason): source is 'teacher' or 'reference'
     "Conditional selection (SDFT, Yang et al. 2402.13669, 4.3): whose words does the student read, and why?"
-    reason = _reason_for(answer, reference, _rule_for(rule, reference), banned, ended)
+    if rule=='auto': rule = 'final' if '####' in reference else None
+    reason = _reason_for(answer, reference, rule, banned, ended)
     own = reason in ('same answer', 'not checked') if select else reason!='empty'
     return 'teacher' if own else 'reference', reason
 
@@ -201,10 +195,9 @@ def ledger(
     out, # Directory given to `rewrite` as `out`
 )->'Dataset': # One row per finished row, of every rank: `prompt`, `reference`, `written`, `ended`
     "What a rewriting has done so far, whether it still runs, was killed, or is through"
-    from datasets import Dataset
-    done = list(ledger_records(out).values())
+    done = ledger_records(out).values()
     if not done: raise ValueError(f'There is no ledger of rewrite in {out}, or nothing in it yet.')
-    return Dataset.from_dict({k:[r[k] for r in done] for k in ('prompt', 'reference', 'written', 'ended')})
+    return dataset_of([{k:r[k] for k in ('prompt', 'reference', 'written', 'ended')} for r in done])
 
 @contextmanager
 def _kept_rows(
@@ -218,12 +211,11 @@ def _kept_rows(
     done = ledger_records(out, settings) if out else {}
     bar = tqdm(total=len(mine), initial=len(mine & done.keys()), desc='rewriting', unit='row', disable=not progress)
     with _ledger_of_rank(out, settings) if out else nullcontext() as log, bar:
-        yield done,partial(_save_records, log, bar, done)
-
-def _save_records(log, bar, done, records):
-    if records and log: log.append(records)
-    done.update({r['key']: r for r in records})
-    bar.update(len(records))
+        def save(new):
+            if new and log: log.append(new)
+            done.update({r['key']: r for r in new})
+            bar.update(len(new))
+        yield done,save
 
 # %% ../../nbs/heal/00_rewrite.ipynb #c024
 def _up_to(tok, text, ids, n):
@@ -269,16 +261,12 @@ def _asked_rows(lm, todo, template):
         yield _Question(key, prompt, reference, ids, room-len(ids), len(completion_ids(tok, reference)))
 
 # %% ../../nbs/heal/00_rewrite.ipynb #c025
-def _trim(tok, text, cap):
-    "`text` as at most `cap` tokens, and whether that is all of it"
-    ids = completion_ids(tok, text, end=False)
-    return (text, True) if len(ids)<=cap else (str(decode(tok, ids[:cap])), False)
-
 def _answer_record(tok, row, text, n, texts):
-    "A finished row; it ended by itself if it has fewer tokens than it was allowed"
-    written,whole = str(text),True
-    if texts and row.need: written,whole = _trim(tok, written, row.need)
-    return row.record(written, whole and text.n<min(n, row.left))
+    "A finished row; it ended by itself if it has fewer tokens than it was allowed; a text is as long as its reference"
+    written,ended = str(text),text.n<min(n, row.left)
+    ids = completion_ids(tok, written, end=False) if texts and row.need else ()
+    if len(ids)>row.need: written,ended = str(decode(tok, ids[:row.need])),False
+    return row.record(written, ended)
 
 def _join_ranks(out, settings, keys, patience):
     "All ledgers joined, once the other ranks have written theirs"
@@ -304,34 +292,23 @@ def _home_folder(lm):
     try: return Path(snapshot_download(name, revision=getattr(lm.config, '_commit_hash', None), local_files_only=True))
     except (OSError, ValueError): return None
 
-def _some_rows(t, n):
-    "A few of the `n` rows of a tensor, or of one that still lies in its file"
-    import torch
-    return torch.cat([t[i:i+1] for i in range(0, n, max(1, n//8))]).cpu()
-
-def _stored_slices(folder):
-    "(name, tensor that still lies in its file) of all of a checkpoint"
-    from safetensors import safe_open
-    for path in folder.glob('*.safetensors'):
-        with safe_open(str(path), 'pt') as file: yield from ((k, file.get_slice(k)) for k in file.keys())
-
 def _is_stored_as(own, there):
     "Is it the same shape, with the same numbers in some rows?"
-    if there.get_shape()!=list(own.shape): return False
-    return not own.ndim or _some_rows(there, len(own)).to(own.dtype).equal(_some_rows(own, len(own)))
+    if own.shape!=there.shape: return False
+    some = slice(None, None, max(1, len(own)//8)) if own.ndim else ...
+    return there[some].to(own.dtype).equal(own[some].cpu())
 
 def lies_in(
     lm,     # LM
     folder, # Directory
 )->bool:
     "Are the weights there those of `lm`? By the history, every name and shape, and some rows of every tensor"
-    if not (folder/'config.json').is_file() or stored_record(folder)!=lm.provenance: return False
-    own,found = lm.model.state_dict(),set()
-    for k,there in _stored_slices(folder):
-        if k not in own or not _is_stored_as(own[k], there): return False
-        found.add(k)
-    stored = {own[k].data_ptr() for k in found}
-    return all(k in found or t.data_ptr() in stored for k,t in own.items()) # a tied tensor is stored once
+    try: stored = read_stored(folder)
+    except (OSError, ValueError): return False
+    own,there = lm.model.state_dict(),stored.tensors
+    same = all(k in own and _is_stored_as(own[k], t) for k,t in there.items())
+    if not same or stored.record!=lm.provenance: return False
+    return {o.data_ptr() for o in own.values()}<={own[k].data_ptr() for k in there} # a tied tensor is stored once
 
 @contextmanager
 def folder_of(
@@ -347,13 +324,14 @@ def folder_of(
     with tempfile.TemporaryDirectory() as d: yield str(lm.save(Path(d)/'teacher'))
 
 # %% ../../nbs/heal/00_rewrite.ipynb #n002
-def _vllm_params(vllm, lm, decoding, ids, limit):
+def _vllm_params(lm, decoding, ids, limit):
     "How one prompt is to be answered: our limit, our stops, a seed of its own"
+    from vllm import SamplingParams
     how = dict(max_tokens=limit, temperature=decoding.temperature, stop_token_ids=sorted(lm.stops), detokenize=False)
     if decoding.temperature:
         seed = int(hashlib.sha256(f'{decoding.seed} {ids}'.encode()).hexdigest()[:7], 16)
         how |= dict(top_p=decoding.top_p, top_k=decoding.top_k or -1, seed=seed)
-    return vllm.SamplingParams(**how)
+    return SamplingParams(**how)
 
 def _text_of_vllm(lm, output):
     "An answer of vLLM's up to its end, read by our own `decode`"
@@ -361,20 +339,21 @@ def _text_of_vllm(lm, output):
     end = next((i for i,t in enumerate(ids) if t in lm.stops), len(ids))
     return decode(lm.tokenizer, ids[:end])
 
-def _by_vllm(vllm, llm, lm, prompts, decoding, prefill='', on_batch=None):
+def _by_vllm(llm, lm, prompts, decoding, prefill='', on_batch=None):
     "What `generate` does, by vLLM: the same ids in, the same limits and stops"
     ids,limit = prepared_prompts(lm, prompts, prefill, decoding.max_new_tokens)
-    params = [_vllm_params(vllm, lm, decoding, *o) for o in zip(ids, limit)]
+    params = [_vllm_params(lm, decoding, *o) for o in zip(ids, limit)]
     for a in range(0, len(ids), decoding.batch_size):
         part = slice(a, a+decoding.batch_size)
         got = llm.generate([dict(prompt_token_ids=o) for o in ids[part]], params[part], use_tqdm=False)
         on_batch([(i, _text_of_vllm(lm, o)) for i,o in enumerate(got, a)])
 
-def _by_new_vllm(vllm, lm, prompts, decoding, **how):
+def _by_new_vllm(lm, *args, **kwargs):
     "The same, by an engine that is made for it"
+    from vllm import LLM
     with folder_of(lm) as folder:
-        llm = vllm.LLM(model=folder, dtype=str(lm.dtype).split('.')[-1], max_model_len=context(lm))
-        _by_vllm(vllm, llm, lm, prompts, decoding, **how)
+        llm = LLM(model=folder, dtype=str(lm.dtype).split('.')[-1], max_model_len=context(lm))
+        _by_vllm(llm, lm, *args, **kwargs)
 
 def writer_of(
     engine, # 'hf', 'vllm', or a `vllm.LLM`
@@ -383,16 +362,16 @@ def writer_of(
     if engine=='hf': return generate
     if isinstance(engine, str) and engine!='vllm':
         raise ValueError(f"There is no engine {engine!r}: take 'hf', 'vllm', or a vllm.LLM.")
-    vllm = _imported_vllm()
-    if engine=='vllm': return partial(_by_new_vllm, vllm)
-    if isinstance(engine, vllm.LLM): return partial(_by_vllm, vllm, engine)
+    owner = _class_of_vllm()
+    if engine=='vllm': return _by_new_vllm
+    if isinstance(engine, owner): return partial(_by_vllm, engine)
     raise TypeError(f"The engine is 'hf', 'vllm', a vllm.LLM, not {type(engine).__name__}.")
 
-def _imported_vllm():
-    try: import vllm
+def _class_of_vllm():
+    try: from vllm import LLM
     except ImportError: raise ImportError("engine='vllm' needs vLLM, which is not installed: `pip install vllm` "
                                           "(on Linux, with a GPU), or write with engine='hf'.") from None
-    return vllm
+    return LLM
 
 # %% ../../nbs/heal/00_rewrite.ipynb #c030
 @dataclass(frozen=True)
@@ -474,7 +453,7 @@ def _own_words(rec, texts):
     return dict(completion=rec['written'] if texts else rec['written'].strip(), ended=rec['ended'])
 
 # %% ../../nbs/heal/00_rewrite.ipynb #n005
-_LOOSE_WORDS = {k: f'decoding.{k}' for k in DECODING_WORDS} | {'share': 'template.share'}
+_LOOSE_WORDS = DECODING_WORDS | dict(share='template.share')
 
 def rewrite(
     teacher,             # The unpruned `LM`

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOOSE_KEYWORDS', 'OTHER_NAMES', 'adapter_config', 'adapter_settings', 'Weights', 'modules_after_blocks',
-           'freeze_all_but_last', 'freeze_zeros', 'some_zeros', 'holding_zeros', 'is_quantised', 'Run', 'Evaluation',
-           'loose_keywords', 'Method', 'world_size', 'runs_on_cpu', 'step_count', 'trainer_config', 'training_copy',
-           'own_tensors', 'is_sharded', 'gathered', 'run_folder', 'Training', 'train']
+           'freeze_all_but_last', 'holding_zeros', 'is_quantised', 'Run', 'Evaluation', 'loose_keywords', 'Method',
+           'world_size', 'runs_on_cpu', 'step_count', 'trainer_config', 'training_copy', 'own_tensors', 'is_sharded',
+           'gathered', 'run_folder', 'Training', 'train']
 
 # %% ../../nbs/heal/02_train.ipynb #c002
-import copy,difflib,json,math,os,shutil,tempfile,warnings
+import copy,difflib,math,os,tempfile,warnings
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,replace
 from functools import partial
@@ -17,21 +17,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core.store import claim,finish,finished,only_writer,replacing
+from ..core.store import claim,clear,finish,finished,only_writer,replacing,require_room,with_old
 from ..core.data import collate,fingerprint
 from ..core.data import rows as normal_rows
 from ..core.hooks import trace_calls
-from ..core.history import as_json,versions,zero_masks
+from ..core.history import as_json,freeze_zeros,versions,zero_masks
 from ..core.model import LM,load
 from ..core.units import copied_tree
-from .trainer import own_random_state,quiet_training,supervised_trainer
+from .trainer import guarded,own_random_state,quiet_training
 
 # %% ../../nbs/heal/02_train.ipynb #c005
 _ADAPTER_WORDS = dict(rank='r', targets='target_modules', alpha='lora_alpha')
 
 def _adapter_fields(lora):
-    if lora is True: return dict(r=16)
-    if isinstance(lora, int): return dict(r=lora)
+    if not isinstance(lora, dict): lora = {} if lora is True else dict(rank=lora)
     return dict(r=16) | {_ADAPTER_WORDS.get(k, k):v for k,v in lora.items()}
 
 def adapter_config(
@@ -111,28 +110,15 @@ def _warn_of_ties(lm):
                           'and the gradient goes all the way down to them.', stacklevel=6)
 
 # %% ../../nbs/heal/02_train.ipynb #c013
-def freeze_zeros(
-    model, # Causal language model
-    zeros, # {name of a tensor: mask of what must stay zero}
-):
-    "Tensors that are zero throughout do not learn"
-    for k,mask in zeros.items():
-        if mask.all(): model.get_parameter(k).requires_grad_(False)
-
-def some_zeros(
-    zeros, # {name of a tensor: mask of what must stay zero}
-)->dict:   # The same
-    "Without the tensors that are zero throughout"
-    return {k:m for k,m in zeros.items() if not m.all()}
-
 @contextmanager
 def holding_zeros(
     net,   # Network in training; adapters may be in its modules
     zeros, # {name of a tensor: mask of what must stay zero}
 ):
-    "Masks the gradients of what is zero, and what adapters add to it"
+    "Masks the gradients of what is zero, and what adapters add to it; what is zero throughout does not learn anyway"
     hooks = []
-    for k,mask in some_zeros(zeros).items():
+    for k,mask in zeros.items():
+        if mask.all(): continue
         p,layer = net.get_parameter(k),net.get_submodule(k.rpartition('.')[0])
         fill = partial(torch.masked_fill, mask=mask.to(p.device), value=0)
         if p.requires_grad: hooks.append(p.register_hook(fill))
@@ -177,7 +163,7 @@ def _check_movable(student, learn, zeros):
 
 def _would_fill(learn, zeros):
     "Can what these adapters add not be masked?"
-    if learn.lora is None or not some_zeros(zeros): return False
+    if learn.lora is None or all(m.all() for m in zeros.values()): return False
     plain = learn.lora.peft_type=='LORA' and not (learn.lora.use_dora or learn.lora.target_parameters)
     return not (learn.merge and plain)
 
@@ -245,7 +231,7 @@ class Method:
         **fields         # Of the trainer's config, `max_length` and `gradient_checkpointing` included
     ):
         self.on,self.epochs,self.lr,self.batch_size = on,epochs,lr,batch_size
-        self.max_length = fields.pop('max_length', None)
+        self.max_length,self.loose = fields.pop('max_length', None),loose_keywords(fields)
         self.fields = fields
 
     @property
@@ -259,27 +245,22 @@ class Method:
     def held_out(self, student, rows): raise NotImplementedError('what `core.data.encode` gives, one per row')
     def ordered(self, examples, steps, args): return examples # the rows of the whole run, if it lays them out itself
 
-    def trainer_class(self): return supervised_trainer()
-    def config_class(self):
-        from trl import SFTConfig
-        return SFTConfig
-    def allowed(self): return self.config_class() # whose fields the caller may set
+    learns = () # classes that come before TRL's trainer, with losses of their own
+    def trl(self): # TRL's trainer and its config
+        from trl import SFTConfig,SFTTrainer
+        return SFTTrainer,SFTConfig
+    def allowed(self): return self.trl()[1] # whose fields the caller may set
     def own_fields(self, steps): return dict(max_length=None)
-
-    def common_fields(self):
-        return dict(num_train_epochs=self.epochs, learning_rate=self.lr, per_device_train_batch_size=self.batch_size)
 
     def check_fields(self):
         "Refuse what is no field of the trainer's config, or one that has a name of its own here"
         config = self.allowed()
+        known = config.__dataclass_fields__
         for k in self.fields:
             if k in self.names: raise TypeError(f'{k} is called {self.names[k]} here.')
-            if k not in config.__dataclass_fields__: raise TypeError(self.unknown(k, config))
-
-    def unknown(self, k, config):
-        near = difflib.get_close_matches(k, config.__dataclass_fields__, 1)
-        hint = f'; did you mean {near[0]}?' if near else '.'
-        return f'{k} is no argument of {self.op} and no field of {config.__name__}{hint}'
+            if k in known: continue
+            near = ''.join(f'; did you mean {o}?' for o in difflib.get_close_matches(k, known, 1))
+            raise TypeError(f'{k} is no argument of {self.op} and no field of {config.__name__}{near or "."}')
 
 # %% ../../nbs/heal/02_train.ipynb #c019
 def world_size(): return int(os.environ.get('WORLD_SIZE', 1))
@@ -305,22 +286,20 @@ def trainer_config(
     steps,   # Of the whole run
     run,     # Run
     folder,  # For checkpoints
-):           # An instance of `method.config_class()`
-    "This project's defaults under the caller's fields, and over both what has to be"
+):           # An instance of TRL's config
+    "This project's defaults under the caller's fields, among which are none of those that have names of their own"
     given,cpu = method.fields.copy(),runs_on_cpu(method, student)
-    recomputed = given.pop('gradient_checkpointing', student.n_params>1e9)
-    ours = _defaults(steps, run) | _precision(cpu) | dict(activation_checkpointing=recomputed)
-    fixed = method.common_fields() | dict(output_dir=str(folder), seed=run.seed, use_cpu=cpu)
-    return method.config_class()(**(ours|method.own_fields(steps)|given|fixed))
+    redo = given.pop('gradient_checkpointing', student.n_params>1e9)
+    ours = _defaults(steps, run, folder, cpu) | dict(activation_checkpointing=redo)
+    ours |= dict(num_train_epochs=method.epochs, learning_rate=method.lr, per_device_train_batch_size=method.batch_size)
+    return method.trl()[1](**(ours|method.own_fields(steps)|given))
 
-def _defaults(steps, run):
-    logs = dict(report_to='none', disable_tqdm=True, logging_nan_inf_filter=False, logging_steps=max(1, steps//100))
-    saves = dict(save_strategy='no' if run.out is None else 'steps', save_steps=max(1, steps//10))
-    return logs | saves | dict(data_seed=run.seed, lr_scheduler_type='cosine', warmup_steps=.05)
-
-def _precision(cpu):
-    bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return dict(bf16=bf16, dataloader_pin_memory=not cpu)
+def _defaults(steps, run, folder, cpu):
+    bf16 = not cpu and torch.cuda.is_bf16_supported()
+    return dict(report_to='none', disable_tqdm=True, logging_nan_inf_filter=False, logging_steps=max(1, steps//100),
+                save_strategy='no' if run.out is None else 'steps', save_steps=max(1, steps//10),
+                seed=run.seed, data_seed=run.seed, lr_scheduler_type='cosine', warmup_steps=.05,
+                bf16=bf16, use_cpu=cpu, dataloader_pin_memory=not cpu, output_dir=str(folder))
 
 # %% ../../nbs/heal/02_train.ipynb #c021
 def training_copy(
@@ -369,9 +348,9 @@ def _with_adapters(job, trained):
     return new.eval()
 
 def _network(job, trained):
-    if job.learn.lora is None: return _with_trained(job.student, trained)
-    if job.learn.merge: return _with_trained(job.student, _merged(job, trained))
-    return _with_adapters(job, trained)
+    lora,merge = job.learn.lora,job.learn.merge
+    if lora and not merge: return _with_adapters(job, trained)
+    return _with_trained(job.student, _merged(job, trained) if lora else trained)
 
 # %% ../../nbs/heal/02_train.ipynb #c023
 def is_sharded():
@@ -401,26 +380,22 @@ def gathered(
 # %% ../../nbs/heal/02_train.ipynb #c025
 @contextmanager
 def run_folder(
-    run,      # Run
-    settings, # What makes it the same run
-    cpu=True, # Do the processes train on CPUs?
-):            # Path
+    job, # Training
+):       # Path
     "The folder of a run, claimed and locked for it; or one for the time being"
+    run = job.run
     if run.out is None:
         with tempfile.TemporaryDirectory(prefix='sdlab-') as tmp: yield Path(tmp)
         return
-    with _first_goes_ahead(cpu) as first:
-        if first: claim(run.out, settings, 'run', fresh=not run.resume, again='resume=False')
+    with _first_goes_ahead(runs_on_cpu(job.method, job.student)) as first:
+        if first: claim(run.out, job.settings, 'run', fresh=not run.resume, again='resume=False')
     with only_writer(run.out) if first else nullcontext(): yield Path(run.out)
 
 def _require_room(folder, job):
-    "Refuse a disk that could not hold what the run will write"
+    "Refuse a disk that could not hold two checkpoints, or one and the model"
     size = job.student.model.get_memory_footprint()
-    checkpoint,free = 3*size if job.learn.lora is None else size//8,shutil.disk_usage(folder).free
-    need = checkpoint+max(checkpoint, size)
-    if free>=need: return
-    raise OSError(f'{folder} has room for {free/2**20:,.0f} MiB, but this run may need {need/2**20:,.0f} MiB '
-                  'for its checkpoints and its model: make room there or give another out.')
+    checkpoint = 3*size if job.learn.lora is None else size//8
+    require_room(folder/'model', checkpoint+max(checkpoint, size))
 
 def _keep(lm, folder, job, facts):
     "The finished model in `folder`, there whole or not at all; what only resuming needs is removed"
@@ -429,7 +404,7 @@ def _keep(lm, folder, job, facts):
         else: lm.model.save_pretrained(part)
     finish(folder, adapters=not job.learn.merge, facts=facts)
     for p in [*folder.glob('checkpoint-*'), *folder.glob('best*'), folder/'partial']:
-        shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+        clear(p)
 
 def _kept(job, folder, done):
     "The student of a run that is over"
@@ -471,7 +446,8 @@ class Training:
         how,lm,steps = self.method,self.student,step_count(self.method, len(self.examples))
         net,args = self.network(),trainer_config(how, lm, steps, self.run, folder)
         trl = dict(model=net, args=args, train_dataset=how.ordered(self.examples, steps, args))
-        new = how.trainer_class()(lm, how, self.watched(steps), self.run, peft_config=self.learn.lora, **trl)
+        new = guarded(how.trl()[0], *how.learns)(
+            lm, how, self.watched(steps), self.run, peft_config=self.learn.lora, **trl)
         own_tensors(net, lm.model)
         return new
 
@@ -483,11 +459,13 @@ class Training:
 
     def network(self):
         "What the trainer gets: what must not learn is frozen"
-        net,student = training_copy(self.student, self.learn.lora),self.student
+        student,lora,last = self.student,self.learn.lora,self.learn.last
+        net = training_copy(student, lora)
         if student.device.type=='cpu' and not is_quantised(student): net.float()
-        if self.learn.last is not None: freeze_all_but_last(student._with(net), self.learn.last)
-        freeze_zeros(net, self.zeros)
-        if self.learn.lora or any(p.requires_grad for p in net.parameters()): return net
+        lm = student._with(net)
+        if last is not None: freeze_all_but_last(lm, last)
+        freeze_zeros(lm)
+        if lora or any(p.requires_grad for p in net.parameters()): return net
         raise ValueError(_ALL_FROZEN.format(student.name))
 
     def healed(self, net, facts):
@@ -529,8 +507,9 @@ def train(
     evaluation=Evaluation(), # How the student is evaluated meanwhile
 )->LM:                       # A new model; its record says how it was made
     "`student`, trained by `method`"
-    job = _prepared(method, student, rows, learn, run, evaluation)
-    with run_folder(run, job.settings, runs_on_cpu(method, student)) as folder, quiet_training():
+    values = dict(learn=learn, run=run, evaluation=evaluation)
+    job = _prepared(method, student, rows, *with_old(values, method.loose, LOOSE_KEYWORDS, method.op, 4))
+    with run_folder(job) as folder, quiet_training():
         if (done := finished(folder)) is not None: return _kept(job, folder, done)
-        if run.out is not None: _require_room(folder, job)
+        if job.run.out is not None: _require_room(folder, job)
         return _trained(job, folder)

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'BareTrainer', 'padding_is_unseen', 'TokenCounter', 'last_checkpoint', 'NaNGuard', 'AtomicCheckpoints',
            'on_main_thread', 'own_random_state', 'probed', 'evaluated', 'best_evaluation', 'EarlyStopping',
-           'without_adapters', 'StudentEvaluation', 'StopRequested', 'RunControl', 'control_callback', 'log_columns',
-           'GuardedTrainer', 'supervised_trainer', 'without_future_warnings', 'quiet_training']
+           'without_adapters', 'StudentEvaluation', 'StopRequested', 'RunControl', 'log_columns', 'GuardedTrainer',
+           'guarded', 'without_future_warnings', 'quiet_training']
 
 # %% ../../nbs/heal/01_trainer.ipynb #c002
-import copy,json,math,os,random,shutil,threading,time,warnings
+import copy,json,math,os,random,threading,time,warnings
 from contextlib import contextmanager,nullcontext
-from functools import cache
 from pathlib import Path
 import torch
 from ..core.model import quiet_progress
 from ..core.hooks import evaluating
-from ..core.store import replacing,write_json
+from ..core.store import clear,replacing,write_json
 from ..measure.scan import Likelihood,scan
 
 # %% ../../nbs/heal/01_trainer.ipynb #c005
@@ -51,10 +50,10 @@ def padding_is_unseen(
 # %% ../../nbs/heal/01_trainer.ipynb #c008
 class TokenCounter:
     "Counts tokens read and learned, and the seconds of training; leaves out masks that do nothing"
-    tokens:torch.Tensor # Read and learned by this process so far, shape (2,)
-    seconds = 0.        # Of training, until the last checkpoint
-    began = 0.          # When training began, had it never been interrupted
-    maskless = None     # Is training the same without masks? Known after the first batch with padding
+    # tokens: read and learned by this process so far, shape (2,)
+    seconds = 0.    # Of training, until the last checkpoint
+    began = 0.      # When training began, had it never been interrupted
+    maskless = None # Is training the same without masks? Known after the first batch with padding
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.began: self.began = time.perf_counter()-self.seconds
@@ -111,13 +110,13 @@ _NOT_FINITE = ('The loss or its gradient became NaN or infinite at step {}: '
 
 class NaNGuard:
     "Stops before a NaN reaches the weights; with fp16 the scaler looks after that"
-    lasting:bool # Are there checkpoints that outlive the run?
+    # lasting: are there checkpoints that outlive the run?
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.args.fp16 or math.isfinite(float(norm)): return norm
-        last,kept = last_checkpoint(place := self.args.output_dir),'no checkpoint had been written'
-        if last and self.lasting: kept = f'the checkpoint of step {last[0]} is kept in {place}'
+        last,kept = last_checkpoint(self.args.output_dir),'no checkpoint had been written'
+        if last and self.lasting: kept = f'the checkpoint of step {last[0]} is kept in {self.args.output_dir}'
         raise ValueError(_NOT_FINITE.format(self.state.global_step+1, self.args.learning_rate, kept))
 
 # %% ../../nbs/heal/01_trainer.ipynb #c012
@@ -135,7 +134,7 @@ class AtomicCheckpoints:
                 super()._save_checkpoint(model, trial)
                 self.settle(place, f'checkpoint-{self.state.global_step}')
         except (OSError, RuntimeError) as e:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            clear(self.partial)
             raise OSError(self.why_unwritten(e, had)) from e
         finally: self.partial = None
 
@@ -151,10 +150,9 @@ class AtomicCheckpoints:
         counts = self.counts()
         if not self.args.should_save: return
         write_json(self.partial/name/'counts.json', counts)
-        shutil.rmtree(place/name, ignore_errors=True)
+        clear(place/name)
         os.replace(self.partial/name, place/name)
-        for p in place.glob('checkpoint-*'):
-            if p.name!=name: shutil.rmtree(p, ignore_errors=True)
+        for p in {*place.glob('checkpoint-*')}-{place/name}: clear(p)
 
 # %% ../../nbs/heal/01_trainer.ipynb #c014
 def on_main_thread(): return threading.current_thread() is threading.main_thread()
@@ -182,7 +180,7 @@ def probed(
     probe, # Function LM -> dict of numbers, or None
 )->dict:
     "The numbers of a probe"
-    got = {} if probe is None else probe(lm)
+    got = probe(lm) if probe else {}
     if not isinstance(got, dict):
         raise TypeError(f'A probe gives a dict of numbers, such as {{"score": 0.5}}, not a {type(got).__name__}.')
     if taken := set(got) & LOG_COLUMNS:
@@ -209,14 +207,13 @@ def best_evaluation(
 ):           # (value, step, evaluations since then); the first of equals
     "When the watched number was best"
     seen = [(h[watch], h['step']) for h in history if watch in h]
-    sign = -1 if higher else 1
-    value,step = min(seen, key=lambda o: (sign*o[0], o[1]))
+    value,step = min(seen, key=lambda o: (-o[0] if higher else o[0], o[1]))
     return value, step, sum(s>step for _,s in seen)
 
 # %% ../../nbs/heal/01_trainer.ipynb #c018
 class EarlyStopping:
     "Keeps the weights of the best evaluation, and stops when there was none better for too long"
-    evaluation:object # With `patience` (None: never stops early), `watch` and `higher`
+    # evaluation: with `patience` (None: never stops early), `watch` and `higher`
 
     def best(self):
         "(value, step, evaluations since then)"
@@ -238,8 +235,7 @@ class EarlyStopping:
         if self.args.should_save:
             learned = {k:p.detach().cpu().clone() for k,p in self.model.named_parameters() if p.requires_grad}
             with replacing(self.best_file(step)) as part: save_file(learned, part)
-            for p in Path(self.args.output_dir).glob('best-*'):
-                if p!=self.best_file(step): p.unlink()
+            for p in {*Path(self.args.output_dir).glob('best-*')}-{self.best_file(step)}: clear(p)
         self.accelerator.wait_for_everyone()
 
     def restore_best(self):
@@ -259,8 +255,8 @@ def without_adapters(
 
 class StudentEvaluation:
     "Evaluates the student, as a plain LM, during training"
-    student:object    # LM as it was before
-    evaluation:object # With `rows` (batches by now) and `probe`
+    # student: LM as it was before
+    # evaluation: with `rows` (batches by now) and `probe`
 
     def network(self):
         "What is trained, as the student's own kind of model"
@@ -303,9 +299,9 @@ class RunControl:
         return self.stopped
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.show is not True: return
         from tqdm.auto import tqdm
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit='step')
+        how = dict(desc=self.title, unit='step', disable=self.show is not True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **how)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.asked and self.wants_stop(args.device): raise StopRequested
@@ -316,25 +312,17 @@ class RunControl:
         end |= self.stopped
         control.should_log |= end
         control.should_evaluate |= bool(self.every) and (end or state.global_step%self.every==0)
-        if self.bar is not None: self.bar.update(1)
+        self.bar.update(1)
 
     def on_evaluate(self, args, state, control, **kwargs): self.asked = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if callable(self.show): self.show(dict(logs, step=state.global_step, steps=state.max_steps))
-        if self.bar is None: return
         hidden = LOG_COLUMNS-{'loss','valid_loss'}
         self.bar.set_postfix({k:f'{v:.3g}' for k,v in logs.items() if k not in hidden}, refresh=False)
 
     def close(self):
         if self.bar is not None: self.bar.close()
-
-@cache
-def control_callback():
-    "`RunControl` as a callback of transformers, which is imported here and not with this page"
-    from transformers import TrainerCallback
-    class ControlCallback(RunControl, TrainerCallback): "When to evaluate and when to end"
-    return ControlCallback
 
 # %% ../../nbs/heal/01_trainer.ipynb #c030
 def log_columns(
@@ -359,11 +347,12 @@ class GuardedTrainer(StudentEvaluation, EarlyStopping, AtomicCheckpoints, NaNGua
         super().__init__(processing_class=copy.deepcopy(student.tokenizer), **trl)
         self.student,self.method,self.evaluation,self.lasting = student,method,evaluation,run.out is not None
         self.tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
-        self.run_control = control_callback()(evaluation.every, run.progress, run.stop, method.op)
-        self.replace_callbacks()
+        self.take_control(evaluation.every, run.progress, run.stop, method.op)
 
-    def replace_callbacks(self):
-        from transformers import PrinterCallback
+    def take_control(self, *how):
+        "A `RunControl` in the place of what transformers prints"
+        from transformers import PrinterCallback,TrainerCallback
+        self.run_control = type('ControlCallback', (RunControl, TrainerCallback), {})(*how)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.run_control)
 
@@ -398,12 +387,12 @@ class GuardedTrainer(StudentEvaluation, EarlyStopping, AtomicCheckpoints, NaNGua
         if self.run_control.stopped: done['stopped'] = f'at step {self.state.global_step} of {self.state.max_steps}'
         return done | self.counts() | dict(log=log_columns(self.state.log_history))
 
-@cache
-def supervised_trainer():
-    "`SupervisedTrainer`: TRL's `SFTTrainer`, guarded"
-    from trl import SFTTrainer
-    class SupervisedTrainer(GuardedTrainer, SFTTrainer): "Learns the labelled tokens of fixed rows"
-    return SupervisedTrainer
+def guarded(
+    trl,     # A trainer class of TRL's
+    *learns, # Classes that stand before it, with losses of their own
+):           # A class
+    "TRL's trainer, guarded"
+    return type(f'Guarded{trl.__name__}', (*learns, GuardedTrainer, trl), {})
 
 # %% ../../nbs/heal/01_trainer.ipynb #c024
 @contextmanager

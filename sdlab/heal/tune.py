@@ -10,9 +10,9 @@ import warnings
 from ..core.plot import axes_or_new,curve
 from ..core.data import encoded,rows
 from ..core.model import LM
-from ..core.store import with_old
+
 from .trainer import LOG_COLUMNS
-from .train import Evaluation,LOOSE_KEYWORDS,Method,Run,Weights,loose_keywords,train
+from .train import Evaluation,Method,Run,Weights,train
 
 # %% ../../nbs/heal/03_tune.ipynb #c005
 def answered_by(
@@ -80,9 +80,7 @@ def tune(
     **sft                    # Any field of TRL's `SFTConfig`, `max_length` and `gradient_checkpointing` included
 )->LM:                       # A new model; its record says how it was made
     "Supervised fine-tuning of `student` on what `on` says in every row: SFT, or self-data distillation (2410.09982)"
-    values = dict(learn=learn, run=run, evaluation=evaluation)
-    values = with_old(values, loose_keywords(sft), LOOSE_KEYWORDS, 'tune')
-    return train(Supervised(on, epochs, lr, batch_size, **sft), student, data, *values)
+    return train(Supervised(on, epochs, lr, batch_size, **sft), student, data, learn, run, evaluation)
 
 # %% ../../nbs/heal/03_tune.ipynb #c014
 def _last_training(lm):

@@ -13,9 +13,8 @@ from html import escape
 from typing import NamedTuple
 import torch
 from ..core.data import context,decode,in_length_order
-from ..core.store import with_old
 from ..core.model import LM
-from ..core.generate import DECODING_WORDS,Decoding,append_to_cache,decoding_of,generate,growing_cache,pick_tokens
+from ..core.generate import Decoding,append_to_cache,decoding_of,generate,growing_cache,pick_tokens
 from ..core.generate import prepared_prompts,require_finite,row_uniforms
 from ..core.hooks import first_output,evaluating,trace_calls
 from ..core.plan import Plan
@@ -503,7 +502,7 @@ def draft(
     **old              # Fields of `Decoding`, as version 0.1 took them
 )->Drafted:
     "Write what `teacher` would write, with `drafter` drafting for it (Leviathan et al. 2211.17192)"
-    how = Drafting(drafter, teacher, k, with_old(decoding_of(decoding), old, DECODING_WORDS, 'draft:decoding'))
+    how = Drafting(drafter, teacher, k, decoding_of(decoding, old, 'draft'))
     prompts = _checked_prompts(how, prompts)
     return _written_together(partial(TwoModels, drafter, teacher), [drafter.model, teacher.model], how, prompts, timed, progress)
 
@@ -542,7 +541,7 @@ def self_draft(
 )->Drafted:
     "`draft` by a part of the teacher itself: blocks before the first difference run once for both (as Zhang et al. 2309.08168)"
     student = without(teacher, plan) if isinstance(plan, Plan) and isinstance(teacher, LM) else plan
-    how = Drafting(student, teacher, k, with_old(decoding_of(decoding), old, DECODING_WORDS, 'self_draft:decoding'), bonus)
+    how = Drafting(student, teacher, k, decoding_of(decoding, old, 'self_draft'), bonus)
     prompts = _checked_prompts(how, prompts)
     parts = _split(teacher, student)
     if not bonus: how = replace(how, verify=_rate(parts[2])/_rate(teacher))

@@ -77,14 +77,15 @@ def _its_teacher(study, given): # The teacher of a study, which the folder names
 
 
 def _from_study(study, teacher): # (arms, tasks, recovery) of a finished study
-    names = study.arms()
-    if not names:
+    if not study.arms():
         raise ValueError(f'The study in {study.out} has no verdicts yet: '
                          'let it finish, the same command goes on from there.')
-    students = {k:partial(study.student, k, seed=study.runs(k)[0]['seed']) for k in names}
-    its_teacher = partial(_its_teacher, study, teacher)
-    arms = {k:its_teacher if study.runs(k)[0]['lm'] is None else students[k] for k in names}
-    return arms,study.tasks,study.recovery()
+    return {k:_arm_of_study(study, k, teacher) for k in study.arms()},study.tasks,study.recovery()
+
+def _arm_of_study(study, arm, teacher): # A function that opens its model
+    run = study.runs(arm)[0]
+    if run['lm'] is None: return partial(_its_teacher, study, teacher)
+    return partial(study.student, arm, seed=run['seed'])
 
 # %% ../../nbs/lab/05_compare.ipynb #c013
 _CARD = 'flex:1 1 14em;min-width:12em;border:1px solid var(--jp-border-color2,#ccc);border-left:6px solid {c};padding:.4em .7em;background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#222)'
@@ -138,7 +139,8 @@ def _compare_figure(blocks, recovery): # Answers on the left, what came back on 
     import matplotlib.pyplot as plt
     lines = sum(len(l)+1.6 for _,_,l in blocks)
     n = 1 if recovery is None or not blocks else 2
-    fig,axs = plt.subplots(1, n, figsize=(6.5*n, max(3.2, .19*lines if blocks else 0)), layout='constrained', squeeze=False)
+    size = 6.5*n, max(3.2, .19*lines if blocks else 0)
+    fig,axs = plt.subplots(1, n, figsize=size, layout='constrained', squeeze=False)
     plt.close(fig)                # a notebook shows what a cell gives back, once
     if blocks: _write_blocks(axs[0,0], blocks)
     if recovery is not None: recovery.plot(ax=axs[0,-1], title=f'recovery, {len(recovery.items)//len(recovery.arms)} items')
@@ -191,8 +193,10 @@ def _tell_when_done(c, told, f): # Do `f`; say that it is done, however it ended
 def _wait_for_answers(c, timeout): # Until the newest question is answered, whatever else the worker has to do
     end = time.monotonic()+timeout
     while not c.told.wait(.2) and not c.closed:
-        if time.monotonic()>end: raise TimeoutError(f'The answers were not there after {timeout} s: wait longer, or cancel.')
+        if time.monotonic()>end:
+            raise TimeoutError(f'The answers were not there after {timeout} s: wait longer, or cancel.')
 
+# %% ../../nbs/lab/05_compare.ipynb #n001
 def _ask_shown(c): # Answers to what is shown now
     c.turn += 1
     c.answers,c.marks,c.error,c.failed,c.told = {},{},'',None,threading.Event()

@@ -8,11 +8,11 @@ __all__ = ['centred_gram', 'Hsic', 'hsic', 'linear_cka', 'median_distance', 'cen
 
 # %% ../../nbs/measure/05_cka.ipynb #c002
 import hashlib,json,math
-from dataclasses import dataclass,field
+from dataclasses import dataclass,replace
 import torch
-from ..core.data import collate,encoded,fingerprint,rows
+from ..core.data import encoded,fingerprint,rows
 from ..core.plot import hatch,heat,literal
-from .scan import Meter,Concat,last_token,scan,as_double
+from .scan import Meter,Concat,last_token,scan_rows,as_double
 
 # %% ../../nbs/measure/05_cka.ipynb #c005
 def centred_gram(
@@ -118,7 +118,7 @@ def _groups(n, group, seed):
 
 # %% ../../nbs/measure/05_cka.ipynb #c028
 class Pool(Meter):
-    "The state of every text at every layer, at its last token or averaged over its tokens, shape (L+1, texts, d)"
+    "The state of every text at every layer, at its last token or averaged over its tokens, shape (texts, L+1, d)"
     def __init__(
         self,
         pool='last', # State at the 'last' real token, or the 'mean' over the real tokens
@@ -131,30 +131,18 @@ class Pool(Meter):
         m = batch['attention_mask'].to(h.device)[...,None]
         self._h.append(h.masked_fill(m==0, 0).sum(1, dtype=torch.float32)/m.sum(1))
     def end(self, batch): self.tally += Concat((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
-    def result(self): return self.tally.all.transpose(0, 1)
-
-def _points(lm, enc, idx, meter, batch_size, picks=None):
-    "Points of the texts `idx` in that order; they run sorted by length"
-    order = sorted(range(len(idx)), key=lambda i: len(enc[idx[i]]['input_ids']))
-    parts = [[idx[i] for i in order[j:j+batch_size]] for j in range(0, len(order), batch_size)]
-    x, = scan(lm, (_batch(lm, enc, part, picks) for part in parts), meter)
-    return x[:,torch.tensor(order).argsort()]
-
-def _batch(lm, enc, part, picks):
-    "The texts `part`, with their numbers and, if tokens were drawn, the columns of these"
-    out = {**collate(lm.tokenizer, [enc[i] for i in part]), 'row':torch.tensor(part)}
-    if picks is None: return out
-    first = out['attention_mask'].shape[1]-out['attention_mask'].sum(-1, keepdim=True)            # padded on the left
-    return {**out, 'picked':torch.tensor([picks[i] for i in part])+first}
 
 # %% ../../nbs/measure/05_cka.ipynb #c030
-class Tokens(Meter):
-    "The state of the tokens of each text that the batch has `picked`, at every layer, shape (L+1, texts, k, d)"
-    def __init__(self): self.tally = Concat()
-    def start(self, lm, batch): self._h = []
-    def see(self, l, h, batch): self._h.append(h[torch.arange(len(h))[:,None], batch['picked'].to(h.device)])
-    def end(self, batch): self.tally += Concat((torch.stack([h.to(self._h[-1].device) for h in self._h], 1),))
-    def result(self): return self.tally.all.transpose(0, 1)
+class Tokens(Pool):
+    "The state of some tokens of each text at every layer, shape (texts, L+1, k, d)"
+    def __init__(
+        self,
+        picks, # For each row which of its tokens, shape (rows, k)
+    ): self.picks,self.tally = picks,Concat()
+    def start(self, lm, batch):
+        T,real = batch['attention_mask'].shape[1],batch['attention_mask'].sum(-1, keepdim=True)
+        self._h,self._at = [],torch.tensor([self.picks[i] for i in batch['row'].tolist()])+T-real # padded on the left
+    def see(self, l, h, batch): self._h.append(h[torch.arange(len(h))[:,None], self._at.to(h.device)])
 
 def _picked(lengths, k, seed):
     "For each text `k` of its tokens 1..length-1 in random order, from the start again if there are fewer"
@@ -169,16 +157,15 @@ class _Kernel:
     rows:torch.Tensor  # Centred Gram matrices, shape (A, n*n)
     spread:torch.Tensor # Sum of squared distances from the mean, shape (A,)
     size:torch.Tensor   # Sum of squared lengths, shape (A,)
-    width:torch.Tensor=None # Bandwidth at each layer, shape (A,), if the kernel is Gaussian
+    width:torch.Tensor=None  # Bandwidth at each layer, shape (A,), if the kernel is Gaussian
+    points:torch.Tensor=None # What it was made of, shape (A, n, d), while it is at hand
 
 def _kernel(x, unbiased, width=None):
     "From points, shape (A, n, d), and the bandwidth at each layer if the kernel is Gaussian"
     w = as_double(x)
     spread = (w-w.mean(1, keepdim=True)).square().sum((1,2))
-    rows = centred_gram(x, unbiased) if width is None else centred_rbf(x, width, unbiased)
-    return _Kernel(rows, spread.cpu(), w.square().sum((1,2)).cpu(), width)
-
-def _flat(spread, size, dtype): return spread<=torch.finfo(dtype).eps**2*size # Layers without variance, boolean
+    gram = centred_gram(x, unbiased) if width is None else centred_rbf(x, width, unbiased)
+    return _Kernel(gram, spread.cpu(), w.square().sum((1,2)).cpu(), width, x)
 
 # %% ../../nbs/measure/05_cka.ipynb #c036
 @dataclass(frozen=True, eq=False)
@@ -202,18 +189,19 @@ class CKA:
     @property
     def n(self): return sum(self.groups)
     @property
-    def _how(self): return 'linear' if self.kernel=='linear' else f'RBF {self.sigma:g}'
+    def _how(self): return '' if self.kernel=='linear' else f'RBF {self.sigma:g}'
 
     @property
     def diagonal(self):
         "CKA of each layer of the student with the same place in the teacher, shape (A,); NaN where it has none"
         at = {l:j for j,l in enumerate(self.teacher_layers)}
-        return torch.stack([self.matrix[i,at[l]] if l in at else torch.tensor(float('nan')).double() for i,l in enumerate(self.student_layers)])
+        found = [self.matrix[i,at[l]].item() if l in at else math.nan for i,l in enumerate(self.student_layers)]
+        return torch.tensor(found).double()
 
     @property
     def full(self):
         "The matrix with a row and a column for every layer, NaN where a model has lost it"
-        out = torch.full((max(self.student_layers)+1, max(self.teacher_layers)+1), float('nan')).double()
+        out = torch.full((max(self.student_layers)+1, max(self.teacher_layers)+1), math.nan).double()
         out[torch.tensor(self.student_layers)[:,None],torch.tensor(self.teacher_layers)] = self.matrix
         return out
 
@@ -223,7 +211,8 @@ class CKA:
     def frame(self):
         "One row per pair of layers: `student`, `teacher` (layers in the teacher's numbers), `cka`, `n` examples"
         import pandas as pd
-        return pd.DataFrame([(i, j, self.matrix[a,b].item(), self.n) for a,i in enumerate(self.student_layers) for b,j in enumerate(self.teacher_layers)], columns=['student','teacher','cka','n'])
+        at = pd.MultiIndex.from_product([self.student_layers, self.teacher_layers], names=['student','teacher'])
+        return pd.DataFrame(dict(cka=self.matrix.flatten().tolist(), n=self.n), at).reset_index()
 
     def plot(
         self,
@@ -231,17 +220,21 @@ class CKA:
         **kwargs       # Passed to `ax.set`
     ):                 # The axes
         "The map on the fixed scale 0 to 1, values below 0 in blue; layers that the student lost are hatched"
-        what = f"CKA ({'' if self.kernel=='linear' else self._how+', '}{'unbiased' if self.unbiased else 'biased'}, {self.n} {self.examples})"
-        ax = heat(self.full, ax=ax, vmin=0, vmax=1, under='#56b4e9', label=what, **{'xlabel':literal(f'layer of {self.teacher}'), 'ylabel':literal(f'layer of {self.student}'), **kwargs})
+        how = self._how and f'{self._how}, '
+        what = f"CKA ({how}{'unbiased' if self.unbiased else 'biased'}, {self.n} {self.examples})"
+        words = dict(xlabel=literal(f'layer of {self.teacher}'), ylabel=literal(f'layer of {self.student}'))|kwargs
+        ax = heat(self.full, ax=ax, vmin=0, vmax=1, under='#56b4e9', label=what, **words)
         return hatch(ax, self.dropped, axis='y')
 
     def __repr__(self):
-        at = {'tokens':'', 'texts':{'last':', at the last token', 'mean':', at mean over tokens'}.get(self.pool, '')}[self.examples]
-        return f'CKA of {self.student} with {self.teacher}: {len(self.student_layers)} x {len(self.teacher_layers)} layers, {self.n} {self.examples} in {len(self.groups)} groups{at}'+('' if self.kernel=='linear' else f', {self._how} kernel')
+        at = '' if self.examples=='tokens' else ', at the last token' if self.pool=='last' else ', at mean over tokens'
+        size,how = f'{len(self.student_layers)} x {len(self.teacher_layers)} layers',self._how and f', {self._how} kernel'
+        return f'CKA of {self.student} with {self.teacher}: {size}, {self.n} {self.examples} in {len(self.groups)} groups{at}{how}'
     def _repr_markdown_(self):
-        cells = ' | '.join('' if v!=v else f'{v:.2f}' for v in self.diagonal.tolist())
-        head = [f"**{self!r}**", '', '| layer | '+' | '.join(map(str, self.student_layers))+' |', '|---'*(len(self.student_layers)+1)+'|', f'| same place in both | {cells} |']
-        return '\n'.join(head+['']+[f'{o}.' for o in self.blank])
+        cells = ['' if v!=v else f'{v:.2f}' for v in self.diagonal.tolist()]
+        table = [['layer', *map(str, self.student_layers)], ['---']*(len(cells)+1), ['same place in both', *cells]]
+        lines = [f'| {" | ".join(o)} |' for o in table]
+        return '\n'.join([f'**{self!r}**', '', *lines, '', *(f'{o}.' for o in self.blank)])
 
 # %% ../../nbs/measure/05_cka.ipynb #c038
 @dataclass(frozen=True, eq=False)
@@ -253,12 +246,10 @@ class Kernels:
     name:str            # Of the model
     dtype:torch.dtype   # Of the model, which says how well its numbers are known
     made:tuple          # (fingerprint of the texts, and how they were read: `CKASettings`): must be equal to be compared
-    points:torch.Tensor=None # The points in the order of the source, shape (A, n, d), if they were asked for; of tokens, all of a text together
     ids:str=''          # Fingerprint of the tokens, if these are the examples
+    points:torch.Tensor=None # The points in the order of the source, shape (A, n, d), if they were asked for; of tokens, all of a text together
 
     def __repr__(self): return f'Kernels of {self.name}: {len(self.layers)} layers, {sum(self.groups)} {self.made[1].examples} in {len(self.groups)} groups'
-
-def _layers(lm): return lm.layers if isinstance(lm, Kernels) else (*lm.kept, lm.teacher_n)
 
 @dataclass(frozen=True)
 class CKASettings:
@@ -285,35 +276,32 @@ class CKASettings:
         require(self.kernel in ('linear','rbf'), f"`kernel` is 'linear' or 'rbf', not {self.kernel!r}")
         require(0<sigma<math.inf, f'`sigma` is the bandwidth as a fraction of the median distance, above 0, not {sigma!r}')
 
-    @property
-    def draws(self): return self.tokens_per_text if self.examples=='tokens' else 1
+    def order(self, n): # groups of the numbers of `n` texts, one for each Gram matrix
+        draws = self.tokens_per_text if self.examples=='tokens' else 1
+        return [g for g in _groups(n, self.group, self.seed) for _ in range(draws)]
 
 # %% ../../nbs/measure/05_cka.ipynb #n001
-def _read_as(enc): return hashlib.sha256(json.dumps([o['input_ids'] for o in enc]).encode()).hexdigest()[:16] # fingerprint of ids
-
-def _clouds(lm, enc, groups, how, batch_size):
+def _clouds(lm, enc, how, batch_size):
     "The points of each Gram matrix, shape (A, n, d), made when asked for"
-    if how.examples=='texts': return (_points(lm, enc, idx, Pool(how.pool), batch_size) for idx in groups)
-    picks = _picked([len(o['input_ids']) for o in enc], how.draws, how.seed)
-    return (x for idx in groups for x in _points(lm, enc, idx, Tokens(), batch_size, picks).unbind(2))
+    groups = _groups(len(enc), how.group, how.seed)
+    if how.examples=='texts': return (scan_rows(lm, enc, Pool(how.pool), batch_size, g).transpose(0, 1) for g in groups)
+    picks = _picked([len(o['input_ids']) for o in enc], how.tokens_per_text, how.seed)
+    return (x.transpose(0, 1) for g in groups for x in scan_rows(lm, enc, Tokens(picks), batch_size, g).unbind(2))
 
-def _kernels(clouds, how):
-    "A `_Kernel` and its points for each Gram matrix; one bandwidth for all of them, from the first"
+def _parts(clouds, how):
+    "A `_Kernel` for each Gram matrix; one bandwidth for all of them, from the first"
     width = None
     for x in clouds:
         if how.kernel=='rbf' and width is None: width = how.sigma*median_distance(x)
-        yield _kernel(x, how.unbiased, width),x
+        yield _kernel(x, how.unbiased, width)
 
-def _parts(lm, enc, groups, how, batch_size):
-    "One `_Kernel` per Gram matrix"
-    return iter(lm.parts) if isinstance(lm, Kernels) else (k for k,_ in _kernels(_clouds(lm, enc, groups, how, batch_size), how))
-
-def _enc(lm, texts): return None if isinstance(lm, Kernels) else encoded(lm, texts, end=False) # the last token should be a word of the text
-
-def _plan(source, how):
-    "Texts, their groups, and what makes two runs comparable"
-    texts = rows(source)
-    return texts, _groups(len(texts), how.group, how.seed), (fingerprint(texts),how)
+def _read(lm, texts, made, batch_size):
+    "`Kernels` whose parts are made when asked for"
+    if isinstance(lm, Kernels): return lm
+    enc,how = encoded(lm, texts, end=False),made[1]                # the last token should be a word of the text
+    ids = hashlib.sha256(json.dumps([o['input_ids'] for o in enc]).encode()).hexdigest()[:16]
+    parts = _parts(_clouds(lm, enc, how, batch_size), how)
+    return Kernels(parts, tuple(map(len, how.order(len(enc)))), (*lm.kept, lm.teacher_n), lm.name, lm.dtype, made, ids)
 
 def kernels(
     lm,                # The model, an `LM`
@@ -323,56 +311,47 @@ def kernels(
     **settings,        # Fields of `CKASettings`: pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma
 )->Kernels:            # Stands in for the model in `cka`
     "What `lm` contributes to its CKA with any other model"
-    how = CKASettings(**settings)
-    texts,groups,made = _plan(source, how)
-    enc,parts,kept = _enc(lm, texts),[],[]
-    for k,x in _kernels(_clouds(lm, enc, groups, how, batch_size), how):
-        parts.append(_Kernel(k.rows.cpu(), k.spread, k.size, k.width))
-        if points: kept.append(x.cpu())
-    idx = [g for g in groups for _ in range(how.draws)]
-    back = torch.tensor(sum(idx, [])).argsort(stable=True)
-    cloud,ids = torch.cat(kept, 1)[:,back] if points else None,_read_as(enc) if how.examples=='tokens' else ''
-    return Kernels(tuple(parts), tuple(map(len, idx)), _layers(lm), lm.name, lm.dtype, made, cloud, ids)
+    how,texts,parts,kept = CKASettings(**settings),rows(source),[],[]
+    found = _read(lm, texts, (fingerprint(texts),how), batch_size)
+    for k in found.parts:
+        parts.append(replace(k, rows=k.rows.cpu(), points=None))
+        if points: kept.append(k.points.cpu())
+    back = torch.tensor(sum(how.order(len(texts)), [])).argsort(stable=True)
+    return replace(found, parts=tuple(parts), points=torch.cat(kept, 1)[:,back] if points else None)
 
 # %% ../../nbs/measure/05_cka.ipynb #c040
-def _why_blank(flat, m, why='it has the same state for every text'):
-    return [f'Layer {l} of {m.name} is blank: {why}' for l,f in zip(_layers(m), flat.tolist()) if f]
+_BLANK = ('it has the same state for every text',
+          'more than half of the pairs have the same state there, '
+          'so their median distance, from which the bandwidth is made, is 0',
+          'no two examples are near enough for the kernel to see both: raise `sigma`')
 
-_ALONE = 'no two examples are near enough for the kernel to see both: raise `sigma`'
-_NO_WIDTH = ('more than half of the pairs have the same state there, '
-             'so their median distance, from which the bandwidth is made, is 0')
-
-def _alike(models, enc):
-    "Raise unless both models read the texts as the same tokens"
-    a,b = (m.ids if isinstance(m, Kernels) else _read_as(e) for m,e in zip(models, enc))
-    if a==b: return
-    only = 'tokens can be compared only between models that share a tokenizer'
-    instead = "compare texts instead (examples='texts')"
-    raise ValueError(f'{models[0].name} and {models[1].name} read these texts as different tokens: {only}; {instead}')
-
-def _require_comparable(models, made):
-    "Raise if `kernels` were made from other texts or in another way"
-    for o in models:
-        if not isinstance(o, Kernels) or o.made==made: continue
+def _require_comparable(a, b, made):
+    "Raise if `kernels` were made from other texts or in another way, or if tokens are compared that are not the same"
+    for o in (a,b):
+        if o.made==made: continue
         same = 'make both with the same source, pool, group, seed, unbiased, examples and kernel'
         raise ValueError(f'{o!r} was made from other texts or settings {o.made}, not {made}: {same}')
+    if made[1].examples=='texts' or a.ids==b.ids: return
+    only = 'tokens can be compared only between models that share a tokenizer'
+    instead = "compare texts instead (examples='texts')"
+    raise ValueError(f'{a.name} and {b.name} read these texts as different tokens: {only}; {instead}')
 
 def _blank_layers(m, seen, power):
     "Which layers of one model are blank, and why"
-    spread,size,width = seen
-    flat = _flat(spread, size, m.dtype)
-    narrow = torch.zeros_like(flat) if width is None else (width.cpu()==0)&~flat # without a bandwidth
+    flat = seen.spread<=torch.finfo(m.dtype).eps**2*seen.size                     # without variance
+    narrow = torch.zeros_like(flat) if seen.width is None else (seen.width.cpu()==0)&~flat # without a bandwidth
     alone = (power==0)&~flat&~narrow
-    return flat|narrow|alone, _why_blank(flat, m)+_why_blank(narrow, m, _NO_WIDTH)+_why_blank(alone, m, _ALONE)
+    why = [f'Layer {l} of {m.name} is blank: {o}' for o,bad in zip(_BLANK, (flat,narrow,alone)) for l,x in zip(m.layers, bad) if x]
+    return flat|narrow|alone,why
 
 # %% ../../nbs/measure/05_cka.ipynb #n002
-def _summed(pairs, unbiased):
+def _summed(a, b, unbiased):
     "`Hsic` over all Gram matrices, and for each model what was seen: spread and size of its layers, and the bandwidths"
-    def add(was, k): return (k.spread, k.size, k.width) if was is None else (was[0]+k.spread, was[1]+k.size, k.width)
-    total,seen = None,[None,None]
-    for n,*both in pairs:
+    def add(was, k): return replace(k, rows=None, points=None, spread=was.spread+k.spread, size=was.size+k.size)
+    total = seen = None
+    for n,*both in zip(a.groups, a.parts, b.parts):
         h = hsic(both[0].rows, both[1].rows, n, unbiased)
-        total,seen = h if total is None else total+h,list(map(add, seen, both))
+        total,seen = (total+h,list(map(add, seen, both))) if seen else (h,both)
     return total,seen
 
 def cka(
@@ -383,16 +362,13 @@ def cka(
     **settings,        # Fields of `CKASettings`: pool, group, seed, unbiased, examples, tokens_per_text, kernel, sigma
 )->CKA:
     "CKA of every layer of one model with every layer of the other (Kornblith et al. 1905.00414, with Song's unbiased HSIC)"
-    how,both = CKASettings(**settings),(student,teacher)
-    texts,groups,made = _plan(source, how)
-    _require_comparable(both, made)
-    enc = [_enc(o, texts) for o in both]
-    if how.examples=='tokens': _alike(both, enc)
-    sizes = [len(g) for g in groups for _ in range(how.draws)]
-    total,seen = _summed(zip(sizes, *(_parts(o, e, groups, how, batch_size) for o,e in zip(both, enc))), how.unbiased)
-    (a,why),(b,why_too) = (_blank_layers(m, s, v) for m,s,v in zip(both, seen, (total.xx, total.yy)))
-    matrix = total.cka.masked_fill(a[:,None]|b, float('nan'))
+    how,texts = CKASettings(**settings),rows(source)
+    made = (fingerprint(texts),how)
+    both = a,b = [_read(o, texts, made, batch_size) for o in (student,teacher)]
+    _require_comparable(a, b, made)
+    total,seen = _summed(a, b, how.unbiased)
+    (x,why),(y,why_too) = map(_blank_layers, both, seen, (total.xx,total.yy))
     about = dict(data=made[0], blank=(*why,*why_too), **{k:getattr(how, k) for k in _SHARED})
-    return CKA(matrix, *map(_layers, both), total.sizes, student.name, teacher.name, **about)
+    return CKA(total.cka.masked_fill(x[:,None]|y, math.nan), a.layers, b.layers, total.sizes, a.name, b.name, **about)
 
 _SHARED = 'pool','unbiased','seed','examples','kernel','sigma' # fields of `CKASettings` that a `CKA` tells

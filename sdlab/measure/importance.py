@@ -144,21 +144,21 @@ def measured_on(lm): return {'model':lm.name, 'model_fingerprint':lm.fingerprint
 def scores_of(
     metric,       # What was measured, in words
     lm,           # The model, an `LM`
-    tally,        # `RunningMean` of pairs of layers or of blocks
+    tally,        # `RunningMean` of blocks, shape (L,), or of pairs of layers, shape (L+1, L+1)
     seen,         # Result of a `DataFingerprint`
-    pairs=True,   # Of pairs of layers?
     part='block', # Of what
     on=None,      # Of `measured_on`, if it is known
 )->Scores:
     "A tally as `Scores`, with what it depends on"
-    v,e = (by_span(o) if pairs else o for o in (tally.mean,tally.stderr))
+    v,e = (by_span(o) if o.ndim==2 else o for o in (tally.mean,tally.stderr))
     evidence = {'data':seen['data'], 'tokens':seen['tokens'], **(on or measured_on(lm))}
     return Scores(metric, v, e, tally.n, lm.kept, evidence, part)
 
 _METRICS = {'distances':'angular distance', 'influence':'block influence', 'relative_update':'relative update'}
 
-def _meters(part, turn='last', update='all'):
-    "The meters of all three measures"
+def _meters(part, tokens=None):
+    "The meters of all three measures, at the tokens that are usual for each unless told otherwise"
+    turn,update = tokens or 'last',tokens or 'all'
     if checked_part(part)=='block':
         return dict(distances=Pairs(pair_angles, turn), influence=BlockInfluence(), relative_update=Pairs(pair_updates, update))
     return dict(
@@ -166,19 +166,15 @@ def _meters(part, turn='last', update='all'):
         influence=SubLayerChange(part, sublayer_gap),
         relative_update=SubLayerChange(part, sublayer_update, update))
 
-def _scores(lm, part, meters, tallies, seen, on=None):
+def _scores(lm, part, meters, tallies, seen, on):
     "{measure: `Scores`} from the tallies of its meters"
-    on = on or measured_on(lm)
-    def pairs(k): return part=='block' and k!='influence'
-    return {k:scores_of(_METRICS[k], lm, t, seen, pairs(k), part, on) for k,t in zip(meters, tallies)}
+    return {k:scores_of(_METRICS[k], lm, t, seen, part, on) for k,t in zip(meters, tallies)}
 
-def _measure(lm, batches, progress, part, meters):
-    "Scores of each of `meters`, by name, from one pass"
+def _measure(lm, batches, progress, part, only=None, tokens=None):
+    "Scores of all three measures, or of one, by name, from one pass"
+    meters = {k:m for k,m in _meters(part, tokens).items() if only in (None,k)}
     *tallies,seen = scan(lm, batches, *meters.values(), DataFingerprint(), progress=progress)
-    return _scores(lm, part, meters, tallies, seen)
-
-def _one(lm, batches, progress, part, name, *tokens):
-    return _measure(lm, batches, progress, part, {name:_meters(part, *tokens)[name]})[name]
+    return _scores(lm, part, meters, tallies, seen, measured_on(lm))
 
 # %% ../../nbs/measure/02_importance.ipynb #n001
 def distances(
@@ -189,7 +185,7 @@ def distances(
     part='block',   # Of every span of blocks, or of the 'attention' or the 'mlp' of each single block
 )->Scores:          # In [0,1]
     "Angular distance across every span of blocks (Gromov et al. 2403.17887)"
-    return _one(lm, batches, progress, part, 'distances', tokens)
+    return _measure(lm, batches, progress, part, 'distances', tokens)['distances']
 
 def influence(
     lm,             # The model, an `LM`
@@ -198,7 +194,7 @@ def influence(
     part='block',   # Of each block, or of its 'attention' or its 'mlp'
 )->Scores:          # Of single blocks, in [0,2]
     "Block influence, 1 - cos, at all tokens (ShortGPT 2403.03853)"
-    return _one(lm, batches, progress, part, 'influence')
+    return _measure(lm, batches, progress, part, 'influence')['influence']
 
 def relative_update(
     lm,             # The model, an `LM`
@@ -208,7 +204,7 @@ def relative_update(
     part='block',   # Of every span of blocks, or of the 'attention' or the 'mlp' of each single block
 )->Scores:          # At least 0; not bounded by 1
     "Length of what each span adds to the stream, relative to what it was given"
-    return _one(lm, batches, progress, part, 'relative_update', 'last', tokens)
+    return _measure(lm, batches, progress, part, 'relative_update', tokens)['relative_update']
 
 def importance(
     lm,             # The model, an `LM`
@@ -217,7 +213,7 @@ def importance(
     part='block',   # Of blocks, or of the 'attention' or the 'mlp' of each
 )->dict:            # {'distances':, 'influence':, 'relative_update':} -> `Scores`
     "All three measures from one pass"
-    return _measure(lm, batches, progress, part, _meters(part))
+    return _measure(lm, batches, progress, part)
 
 def importance_steps(
     lm,           # The model, an `LM`
@@ -231,20 +227,24 @@ def importance_steps(
         yield i,len(bs),_scores(lm, part, meters, tallies, seen.result(), on)
 
 # %% ../../nbs/measure/02_importance.ipynb #c031
+def _unread(lm, metric, values, **evidence):
+    "`Scores` that no text was read for; of an `LM`, or of a number of blocks"
+    return Scores(metric, values, kept=getattr(lm, 'kept', None), evidence=evidence)
+
 def deepest(
     lm, # The model, an `LM`, or its number of blocks
 )->Scores: # Of blocks: the one before the last has the lowest score, and the last more than all others together, so that no sum makes up for it
     "The deepest blocks but the last go first (the simple heuristic of Gromov et al. 2403.17887)"
-    n = lm if isinstance(lm, int) else lm.n
+    n = getattr(lm, 'n', lm)
     v = torch.arange(n-1, -1, -1, dtype=torch.float64)
     v[-1] = n*(n+1)/2
-    return Scores('depth, the last block spared', v, kept=None if isinstance(lm, int) else lm.kept)
+    return _unread(lm, 'depth, the last block spared', v)
 
 def random_spans(
     lm,     # The model, an `LM`, or its number of blocks
     seed=0, # Of the draw
 )->Scores:  # Of spans, uniform in [0,1]
     "Any span is as good as any other"
-    n = lm if isinstance(lm, int) else lm.n
+    n = getattr(lm, 'n', lm)
     m = torch.rand(n+1, n+1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Scores(f'a random span (seed {seed})', by_span(m), kept=None if isinstance(lm, int) else lm.kept, evidence={'seed':seed})
+    return _unread(lm, f'a random span (seed {seed})', by_span(m), seed=seed)

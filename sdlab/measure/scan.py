@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['SITES', 'NEEDS', 'RunningMean', 'as_double', 'Meter', 'Concat', 'forward_pass', 'forward', 'ready_batch',
            'logit_parts', 'unpadded_parts', 'batch_parts', 'PassObserver', 'ablated_blocks', 'asking_for_gradients',
-           'pass_with_gradients', 'read_batch', 'pass_for', 'scan_steps', 'scan', 'progress_bar', 'last_token',
-           'TextCount', 'DataFingerprint', 'token_nll', 'counted_tokens', 'Likelihood', 'token_kl', 'require_counted',
-           'Divergence']
+           'pass_with_gradients', 'read_batch', 'scan_steps', 'scan', 'progress_bar', 'last_token', 'DataFingerprint',
+           'row_nll', 'token_nll', 'counted_tokens', 'counted_sums', 'Likelihood', 'scan_rows', 'token_kl',
+           'require_counted', 'Divergence']
 
 # %% ../../nbs/measure/00_scan.ipynb #c002
 import copy,hashlib,inspect,operator
+from collections import Counter
 from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass,field
 from functools import reduce
 import torch
 import torch.nn.functional as F
+from ..core.data import collate,in_length_order,restored
 from ..core.hooks import evaluating,first_output,stream_given,watching,watching_linears
 from ..core.plan import Plan
 from ..core.units import without
@@ -151,20 +153,21 @@ def _require_readable(batch, vocab):
     why = 'these batches were made by another tokenizer; make them with batches(lm, texts)'
     raise ValueError(f'Token id {top} is outside a vocabulary of {vocab}: {why}')
 
+def _batch_rows(batch, at): return {k:v[at] for k,v in batch.items() if torch.is_tensor(v)}
+
 def logit_parts(batch, vocab, limit):
     "`batch` in runs of rows of at most `limit` logits each (one row at least)"
     B,T = batch['input_ids'].shape
     n = max(1, limit//(T*vocab))
-    for i in range(0, B, n): yield {k:v[i:i+n] for k,v in batch.items() if torch.is_tensor(v)}
+    return [_batch_rows(batch, slice(i, i+n)) for i in range(0, B, n)]
 
 def unpadded_parts(batch):
     "`batch` in parts without padding: rows with their real tokens in the same columns together"
     mask = batch['attention_mask'].bool()
-    if mask.all(): return [batch]
     kinds,which = mask.unique(dim=0, return_inverse=True)
-    def part(i): return {k:v[which==i] for k,v in batch.items() if torch.is_tensor(v)}
-    def columns(v, i): return v[:,kinds[i]] if v.ndim>1 and v.shape[1]==mask.shape[1] else v
-    return [{k:columns(v, i) for k,v in part(i).items()} for i in range(len(kinds))]
+    for i,real in enumerate(kinds):
+        part = _batch_rows(batch, which==i).items()
+        yield {k:v[:,real] if v.shape[1:2]==mask.shape[1:] else v for k,v in part}
 
 def batch_parts(lm, batch, meters, max_logits):
     "`batch` in the parts that these meters can be shown"
@@ -204,7 +207,7 @@ class PassObserver:
         "Only who needs gradients is given what they flow through"
         for m in meters:
             live = 'gradients' in m.needs or not torch.is_grad_enabled()
-            with torch.no_grad(): getattr(m, see)(*(seen if live else map(_detached, seen)), self.batch)
+            with torch.no_grad(): getattr(m, see)(*(seen if live else _detached(seen)), self.batch)
 
     def stream(self, l, h):
         self.last = h
@@ -232,7 +235,7 @@ class PassObserver:
             stack.enter_context(watching(self.lm.blocks, self.stream))
             yield
 
-def _detached(o): return o.detach() if torch.is_tensor(o) else o
+def _detached(seen): return [o.detach() if torch.is_tensor(o) else o for o in seen]
 
 def ablated_blocks(lm, meters):
     "{part: the blocks of a view without it} for every sub-layer that a meter looks at"
@@ -246,11 +249,11 @@ def asking_for_gradients(
 ):         # {name: weight}, each once
     "Inside, every weight asks for its gradient; afterwards each asks as before"
     weights = {k:p for k,p in model.named_parameters() if p.is_floating_point()}
-    was = [p.requires_grad for p in weights.values()]
-    for p in weights.values(): p.requires_grad_(True)
+    was = {p:p.requires_grad for p in weights.values()}
+    for p in was: p.requires_grad_(True)
     try: yield weights
     finally:
-        for p,asked in zip(weights.values(), was): p.requires_grad_(asked)
+        for p,asked in was.items(): p.requires_grad_(asked)
 
 def pass_with_gradients(lm, batch):
     "Logits of `batch`, and the gradient of its mean nll with respect to every weight"
@@ -263,18 +266,15 @@ def pass_with_gradients(lm, batch):
 
 def read_batch(lm, batch, meters, ablated):
     "One batch through the model, seen by all `meters`"
-    observer = PassObserver(lm, batch, meters, ablated)
+    observer,needs = PassObserver(lm, batch, meters, ablated),{o for m in meters for o in m.needs}
     for m in meters: m.start(lm, batch)
     with evaluating(lm.model):
-        with observer.looking(): got = pass_for(lm, batch, {o for m in meters for o in m.needs})
+        with observer.looking():
+            if 'gradients' in needs: got = pass_with_gradients(lm, batch)
+            else: got = dict(logits=forward(lm, batch, 'logits' in needs))
         if len(_bad_rows(observer.last, batch['attention_mask'])): _blame(lm, batch)
         observer.last = None
-        for m in meters: m.end(batch, **{k:v for k,v in got.items() if k in m.needs})
-
-def pass_for(lm, batch, needs):
-    "One pass, and what is needed of it"
-    if 'gradients' in needs: return pass_with_gradients(lm, batch)
-    return dict(logits=forward(lm, batch, 'logits' in needs))
+        for m in meters: m.end(batch, **{k:got[k] for k in m.needs})
 
 # %% ../../nbs/measure/00_scan.ipynb #c026
 def _ranks():
@@ -307,9 +307,8 @@ def _require_known(meters):
     "Raise unless the engine knows what the meters ask for"
     for m in meters:
         for asked,known in ((m.sites, SITES), (m.needs, NEEDS)):
-            if isinstance(asked, str) or (bad := set(asked)-set(known)):
-                what = asked if isinstance(asked, str) else min(bad)
-                raise ValueError(f'{type(m).__name__} asks for {what!r}: a meter names a set of {", ".join(known)}')
+            bad = {asked} if isinstance(asked, str) else set(asked)-set(known)
+            if bad: raise ValueError(f'{type(m).__name__} asks for {min(bad)!r}: it names a set of {", ".join(known)}')
 
 def scan_steps(
     lm,                # The model, an `LM`
@@ -361,41 +360,37 @@ def last_token(
     return mask.shape[1]-1-mask.flip(-1).long().argmax(-1)
 
 # %% ../../nbs/measure/00_scan.ipynb #c042
-@dataclass(frozen=True)
-class TextCount:
-    "How many texts and tokens, and the sum of the hashes of the texts"
-    texts:int=0  # How many
-    tokens:int=0 # Real tokens in them
-    hashes:int=0 # Sum of the hashes of their ids, modulo 2^64
-    @classmethod
-    def of(
-        cls,
-        ids, # Real tokens of one text, a numpy array
-    )->'TextCount':
-        "One text, by its content"
-        return cls(1, len(ids), int.from_bytes(hashlib.sha256(ids.astype('int64').tobytes()).digest()[:8], 'big'))
-    def __add__(self, o): return TextCount(self.texts+o.texts, self.tokens+o.tokens, (self.hashes+o.hashes)%2**64)
-
 class DataFingerprint(Meter):
     "Counts texts and tokens, and names the texts by their content"
     sites = ()
-    def __init__(self): self.tally = TextCount()
+    def __init__(self): self.tally = Counter()
     def end(self, batch):
         for ids,m in zip(batch['input_ids'].cpu(), batch['attention_mask'].cpu().bool()):
-            self.tally += TextCount.of(ids[m].numpy())
-    def result(self): return dict(texts=self.tally.texts, tokens=self.tally.tokens, data=f'{self.tally.hashes:016x}')
+            digest = hashlib.sha256(ids[m].long().numpy().tobytes()).digest()
+            self.tally += Counter(texts=1, tokens=len(ids[m]), hashes=int.from_bytes(digest[:8], 'big'))
+    def result(self):
+        "How many texts, how many real tokens in them, and the sum of the hashes of their ids, modulo 2^64"
+        t = self.tally
+        return dict(texts=t['texts'], tokens=t['tokens'], data=f'{t["hashes"]%2**64:016x}')
 
 # %% ../../nbs/measure/00_scan.ipynb #c045
+def row_nll(
+    q:torch.Tensor,   # Rows of logits, shape (k, V), any float dtype
+    ids:torch.Tensor, # What came, shape (k,)
+    chunk=2**24,      # Logits turned to float32 at once
+)->torch.Tensor:      # Shape (k,), float32, nats
+    "Negative log-likelihood of one token for each row"
+    n = max(1, chunk//q.shape[-1])
+    parts = zip(q.split(n), ids.to(q.device).split(n))
+    return torch.cat([F.cross_entropy(a.float(), b, reduction='none') for a,b in parts])
+
 def token_nll(
     logits:torch.Tensor, # Logits, shape (B, T, V), any float dtype
     ids:torch.Tensor,    # Tokens, shape (B, T)
-    chunk=2**24,         # Logits turned to float32 at once
+    chunk=2**24,         # As for `row_nll`
 )->torch.Tensor:         # Shape (B, T-1), float32, nats; entry t is the nll of token t+1 after tokens 0..t
     "Negative log-likelihood of each token"
-    x,y = logits[:,:-1].flatten(0,1),ids[:,1:].to(logits.device).flatten()
-    n = max(1, chunk//logits.shape[-1])
-    parts = [F.cross_entropy(a.float(), b, reduction='none') for a,b in zip(x.split(n), y.split(n))]
-    return torch.cat(parts).view(len(ids), -1)
+    return row_nll(logits[:,:-1].flatten(0,1), ids[:,1:].flatten(), chunk).view(len(ids), -1)
 
 # %% ../../nbs/measure/00_scan.ipynb #c046
 def counted_tokens(
@@ -405,46 +400,60 @@ def counted_tokens(
     real = batch['attention_mask'].bool()
     return batch.get('completion_mask', real)[:,1:].bool() & real[:,:-1] & real[:,1:]
 
+def counted_sums(
+    x:torch.Tensor, # A value per prediction, shape (B, T-1)
+    batch:dict,     # The batch
+)->torch.Tensor:    # Shape (B, 2), float64, on the CPU: the sum over the predictions that count, and how many these are
+    "What counts of each text"
+    m = counted_tokens(batch).cpu()
+    return torch.stack([as_double(x).cpu().masked_fill(~m, 0).sum(-1), m.sum(-1).double()], -1)
+
 # %% ../../nbs/measure/00_scan.ipynb #c049
 class Likelihood(Meter):
     "Negative log-likelihood of each text, summed over the tokens that count, and how many these are"
     sites,needs = (),{'logits'}
     def __init__(self): self.tally = Concat()
     def end(self, batch, logits):
-        nll,m = token_nll(logits, batch['input_ids']).cpu().double(),counted_tokens(batch).cpu()
-        nll = nll.masked_fill(~m, 0).sum(-1)
-        if len(bad := nll.isnan().nonzero()):
+        sums = counted_sums(token_nll(logits, batch['input_ids']), batch)
+        if len(bad := sums.isnan().nonzero()):
             text = batch['row'][bad[0,0]]
             raise ValueError(f'The model gives NaN logits for text {text}: load it with another dtype (float32, bfloat16)')
-        self.tally += Concat((torch.stack([nll, m.sum(-1).double()], -1),))
+        self.tally += Concat((sums,))
     def result(self):
         nll,n = self.tally.all.unbind(-1)
         return dict(nll=nll, tokens=n.long(), perplexity=(nll.sum()/n.sum()).exp().item())
 
+# %% ../../nbs/measure/00_scan.ipynb #n011
+def scan_rows(
+    lm,             # The model, an `LM`
+    rows,           # Rows as `encode` gives them
+    meter,          # Its tally is a `Concat`
+    size=32,        # Rows at once
+    which=None,     # Numbers of the rows to read (default: all)
+)->torch.Tensor:    # What the tally holds of each of them, in their order, shape (rows, ...)
+    "One meter on encoded rows, which run in order of length"
+    which = range(len(rows)) if which is None else which
+    order = in_length_order([len(rows[i]['input_ids']) for i in which])
+    parts = [[which[i] for i in order[a:a+size]] for a in range(0, len(order), size)]
+    several = (collate(lm.tokenizer, [rows[i] for i in o])|dict(row=torch.tensor(o)) for o in parts)
+    scan(lm, several, meter)
+    return torch.stack(restored(meter.tally.all, order))
+
 # %% ../../nbs/measure/00_scan.ipynb #c053
 def token_kl(
-    p:torch.Tensor, # Logits of the reference, shape (B, T, V)
+    p:torch.Tensor, # Logits of the reference, shape (..., V)
     q:torch.Tensor, # Logits of the model, same shape
     chunk=2**24,    # Logits turned to float32 at once
-)->torch.Tensor:    # KL(p || q) per position, shape (B, T), float32, nats
+)->torch.Tensor:    # KL(p || q) per position, shape (...), float32, nats
     "How far `q` is from `p` at each position"
     n = max(1, chunk//p.shape[-1])
     def kl(a, b):
         a,b = a.float().log_softmax(-1),b.to(a.device).float().log_softmax(-1)
         return (a.exp()*(a-b)).sum(-1)
-    parts = zip(p.flatten(0,1).split(n), q.flatten(0,1).split(n))
-    return torch.cat([kl(a, b) for a,b in parts]).view(p.shape[:2])
+    parts = zip(*(o.flatten(0,-2).split(n) for o in (p,q)))
+    return torch.cat([kl(a, b) for a,b in parts]).view(p.shape[:-1])
 
 # %% ../../nbs/measure/00_scan.ipynb #c055
-def _text_mean(
-    x,     # A value per prediction, shape (B, T-1)
-    batch, # The batch
-):         # Shape (texts with a prediction that counts,), float64
-    "The mean of each text over the predictions that count; a text without any has none"
-    m = counted_tokens(batch).cpu()
-    n = m.sum(-1)
-    return (as_double(x).cpu().masked_fill(~m, 0).sum(-1)/n)[n>0]
-
 def require_counted(
     n, # How many texts, or tokens, count
 ):
@@ -464,8 +473,12 @@ class Divergence(Meter):
         why = 'their predictions cannot be compared token by token; compare answers or CKA instead'
         raise ValueError(f'The models have different vocabularies ({lm.vocab} and {self.reference.vocab} tokens): {why}')
     def end(self, batch, logits):
+        kl,n = self.sums(batch, logits).unbind(-1)
+        self.tally += RunningMean.of((kl/n)[n>0])
+    def sums(self, batch, logits):
+        "Divergence of each text, summed over what counts, and how much that is, shape (B, 2)"
         with evaluating(self.reference.model): p = forward(self.reference, batch, logits=True)
-        self.tally += RunningMean.of(_text_mean(token_kl(p, logits)[:,:-1], batch))
+        return counted_sums(token_kl(p, logits)[:,:-1], batch)
     def result(self):
         require_counted(self.tally.n)
         return self.tally

@@ -50,7 +50,9 @@ def rows(toy=False):
     from sdlab.core.data import batches
     from sdlab.core.model import load
     from sdlab.core.plan import Plan
+    from sdlab.core.generate import Decoding
     from sdlab.heal.rewrite import rewrite
+    from sdlab.heal.train import Run, Weights
     from sdlab.measure.scale import dry_run
     from sdlab.measure.importance import distances
     from sdlab.measure.scan import forward
@@ -82,11 +84,11 @@ def rows(toy=False):
         t = time.perf_counter(); got = f()
         if sync: sync()
         return got, time.perf_counter()-t
-    with Peak(device) as peak: written, s = clocked(lambda: rewrite(lm, data, rule=None, template='{prompt}', max_new_tokens=T, batch_size=n, progress=False))
+    with Peak(device) as peak: written, s = clocked(lambda: rewrite(lm, data, rule=None, template='{prompt}', decoding=Decoding(T, batch_size=n), progress=False))
     tokens = sum(len(lm.tokenizer(t).input_ids) for t in written['written'])
     out += [row('rewriting', tokens/s, None, unit='tokens/s', how=f'{n} rows at once, {T} tokens each, random weights'), memory('rewriting', 'rewrite', peak, cut)]
-    for what, stage, how in (('adapters of rank 16', 'tune adapters (LoRA)', dict(lora=16, merge=False)), ('all weights', 'tune all weights', {})):
-        with Peak(device) as peak: healed, s = clocked(lambda: tune(cut, data, epochs=1, batch_size=B, progress=False, **how))
+    for what, stage, how in (('adapters of rank 16', 'tune adapters (LoRA)', dict(learn=Weights(lora=16, merge=False))), ('all weights', 'tune all weights', {})):
+        with Peak(device) as peak: healed, s = clocked(lambda: tune(cut, data, epochs=1, batch_size=B, run=Run(progress=False), **how))
         spent = healed.provenance['steps'][-1]
         out += [row(f'tuning, {what}', spent['tokens']/spent['seconds'], None, unit='tokens/s', how=f'{B} rows of {2*T} tokens a step; the teacher is on the card, too'), memory(f'tuning, {what}', stage, peak, lm)]
         del healed

@@ -38,13 +38,14 @@ def _read(lm, asks, out, size):
 
 def _compare(lm, some, what, single, size, new, turns):
     from sdlab.core.data import completion_ids
-    from sdlab.heal.rewrite import _template, rewrite
-    tpl = _template(None, lm, False)
+    from sdlab.core.generate import Decoding
+    from sdlab.heal.rewrite import rewrite, template_of
+    tpl = template_of(lm.tokenizer.init_kwargs.get('sdlab_rewrite') or lm.model.generation_config.sdlab_rewrite)
     asks = [tpl.ask(r['prompt'], r['completion']) for r in some]
     count = lambda texts: sum(len(completion_ids(lm.tokenizer, t, end=False)) for t in texts)
     written = lambda ds: count(ds['written'])
     ids = lambda out: sum(map(len, out))
-    ours = lambda: rewrite(lm, some, batch_size=size, max_new_tokens=new, progress=False)
+    ours = lambda: rewrite(lm, some, decoding=Decoding(new, batch_size=size), progress=False)
     fixed = lambda: _usual(lm, asks, size, new)
     one = lambda: _usual(lm, asks[:single], 1, new)
     texts = ours()['written']                                                    # warm, too
