@@ -8,17 +8,21 @@ __all__ = []
 # %% ../nbs/90_all.ipynb #c003
 from .core.plot import COLORS, color_of, curve, bars, heat, hatch
 from .core.stats import wilson, rank_correlation
-from .core.data import rows, encode, encoded, prompt_ids, completion_ids, context, chunks, collate, batches, split, overlap, fingerprint
+from .core.data import rows, encode, encoded, prompt_ids, completion_ids, context, chunks, collate
+from .core.data import batches, split, overlap, fingerprint
 from .core.plan import Plan
 from .core.history import zero_masks
 from .core.generate import Decoding, generate
 from .core.model import LM, find_blocks, load
 from .core.units import find_units, without
 from .core.answers import Task, agree, extract
-from .core.pocket import pocket_rows, pocket_mixture, rewrite_rows, pocket_tasks, pocket_calibration, pocket_assets
-from .measure.scan import Meter, RunningMean, Concat, DataFingerprint, Likelihood, Divergence, scan, last_token, token_nll, token_kl, counted_tokens
+from .core.pocket import pocket_rows, pocket_mixture, rewrite_rows, pocket_tasks, pocket_calibration
+from .core.pocket import pocket_assets
+from .measure.scan import Meter, RunningMean, Concat, DataFingerprint, Likelihood, Divergence, scan
+from .measure.scan import last_token, token_nll, token_kl, counted_tokens
 from .measure.scores import MEASURES, Scores, measured
-from .measure.importance import angular_distance, distances, influence, relative_update, importance, deepest, random_spans
+from .measure.importance import angular_distance, distances, influence, relative_update, importance
+from .measure.importance import deepest, random_spans
 from .measure.exact import ExactLoss, SuffixReplay, quality
 from .measure.agree import block_study, rank_agreement, iterative, picks
 from .measure.cka import CKA, cka, kernels, linear_cka, rbf_cka
@@ -29,7 +33,8 @@ from .measure.scale import dry_run
 from .compress.prune import prune
 from .compress.merge import merge, cosines
 from .compress.shards import prune_checkpoint
-from .heal.rewrite import Template, TEMPLATES, SDFT, Summary, rewrite, framed, verdict, ledger, summary, surprise, same_call, shows_code
+from .heal.rewrite import Template, TEMPLATES, SDFT, Summary, rewrite, framed, verdict, ledger, summary
+from .heal.rewrite import surprise, same_call, shows_code
 from .heal.train import Weights, Run, Evaluation, Method, train
 from .heal.tune import Supervised, tune, labelled, training_log, learning_curve
 from .heal.distil import Logits, distil

@@ -160,7 +160,7 @@ def test_half_a_block(name, tmp_path, bare):
     torch.testing.assert_close(logits(view), want, rtol=0, atol=1e-5)
     assert alone(view)==said and greedy(view, True)==padded
     said, saved = cost(lm, HALF), cost(lm, Plan(L, HALF.drop))
-    assert (said.params, said.macs, said.attn, said.mlp)==(saved.params, saved.macs, 2, 2) and 'saves neither memory nor time' in repr(said) and 'silent' in repr(cost(view))
+    assert (said.params, said.macs, said.attn, said.mlp)==(saved.params, saved.macs, 2, 2) and 'saves neither memory nor time' in repr(said) and 'zeroed' in repr(cost(view))
     assert view.zeroed=={'attention': HALF.attn, 'mlp': HALF.mlp} and view.strip=='▀▁█░▄▁'
     check(lm, HALF, tmp_path/'cut', bare)
 

@@ -42,7 +42,7 @@ def test_a_frame_comes_back(tmp_path):
     frames[0] = replace(frames[0], cka=replace(frames[0].cka, matrix=m, blank=('Layer 2 is blank',)))
     for f in reversed(frames): assert keep_snapshot(f, tmp_path/'deep'/'er').parent==tmp_path/'deep'/'er'
     for a, b in zip(frames, read_snapshots(tmp_path/'deep'/'er'), strict=True): same(a, b)
-    assert not list((tmp_path/'deep'/'er').glob('*.new'))
+    assert not list((tmp_path/'deep'/'er').glob('.*'))
 
 def test_the_same_look_is_one_frame_and_two_students_share_a_folder(tmp_path):
     for f in two()['a']+two()['b']+two()['a']: keep_snapshot(f, tmp_path)
@@ -65,7 +65,7 @@ for i in range(10**6): t.keep_snapshot(replace(big, step=i%50), {str(tmp_path)!r
         assert p.stdout.readline().strip()=='go'
         for _ in range(3): # read while it writes, too
             time.sleep(.3)
-            if list(tmp_path.glob('frame-*.safetensors')): [same(f, shot(HOME, f.step)) for f in read_snapshots(tmp_path)]
+            if list(tmp_path.glob('snapshot-*.safetensors')): [same(f, shot(HOME, f.step)) for f in read_snapshots(tmp_path)]
     finally: p.send_signal(signal.SIGKILL); p.wait()
     frames = read_snapshots(tmp_path)
     assert frames
@@ -73,12 +73,12 @@ for i in range(10**6): t.keep_snapshot(replace(big, step=i%50), {str(tmp_path)!r
 
 def test_what_is_no_film_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no folder'): read_snapshots(tmp_path/'nothing')
-    with pytest.raises(FileNotFoundError, match='holds no frames'): read_snapshots(tmp_path)
+    with pytest.raises(FileNotFoundError, match='holds no snapshots'): read_snapshots(tmp_path)
     p = keep_snapshot(TEACHER, tmp_path)
     p.write_bytes(p.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f'{p.name} is not a frame'): read_snapshots(tmp_path)
+    with pytest.raises(ValueError, match=f'{p.name} is not a snapshot'): read_snapshots(tmp_path)
     (tmp_path/'file').write_text('')
-    with pytest.raises(OSError, match='cannot be made a folder'): keep_snapshot(TEACHER, tmp_path/'file')
+    with pytest.raises(OSError, match='Cannot write to'): keep_snapshot(TEACHER, tmp_path/'file')
     with pytest.raises(ValueError, match='expected 7 layers x 40 texts'): replace(TEACHER, points=HOME[:3])
 
 # in the plane
@@ -122,14 +122,14 @@ def test_procrustes_is_scipys():
 
 def test_what_cannot_be_drawn_is_refused_in_a_sentence():
     a = film()
-    for bad, say in (([], 'no frames to project'), ([TEACHER, replace(a[0], points=None)], 'has no points'), ([TEACHER, shot(HOME, 1, data='other')], 'different texts'),
+    for bad, say in (([], 'no snapshots to project'), ([TEACHER, replace(a[0], points=None)], 'has no points'), ([TEACHER, shot(HOME, 1, data='other')], 'different texts'),
                      ([shot(torch.ones(L+1, N, D), 1)], 'same state for every text')):
         with pytest.raises(ValueError, match=say): project(bad)
     for how, say in ((dict(layer=7), 'no layer 7: choose one from 0 to 6'), (dict(layer=3), 'has lost layer 3: choose one of 0, 1, 2, 4'), (dict(layer=1.5), 'no layer 1.5'), (dict(method='umap'), 'choose one of pca, mds')):
         with pytest.raises(ValueError, match=say): project(a, **how)
 
-# the camera
-def test_a_camera_gives_what_cka_gives(teacher):
+# the tracker
+def test_a_tracker_gives_what_cka_gives(teacher):
     from sdlab.core.units import without
     from sdlab.core.plan import Plan
     from sdlab.core.pocket import pocket_calibration
@@ -298,7 +298,7 @@ def test_ways_to_say_what_to_show(tmp_path):
     assert (m.students, m.mode, m.student, m.other)==(['a', 'a (2)'], 'both', 'a', 'a (2)')
     for o in f+[TEACHER]: keep_snapshot(o, tmp_path)
     assert Map(tmp_path).students==['a'] and Map(str(tmp_path))._anchor.anchor
-    assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: look again with Tracker(..., points=True)')
+    assert Map([replace(o, points=None) for o in f]).text().endswith('has no points: take it with Tracker(..., points=True)')
 
 def test_the_folder_of_a_run_of_watch(tmp_path):
     "Two arms and the teacher, each with snapshots of its own"

@@ -214,7 +214,7 @@ def merge(
     how='slerp', # 'slerp': along the arc, each tensor by itself, as in mergekit; 'linear': along the straight line
     base=None,   # LM or folder both started from: merges what they learned, their differences from it, and adds that to it
     out=None,    # Folder to be made, new or empty. With folders for `a` and `b`, nothing is loaded: stretch by stretch
-):               # The merged LM; with `out`, the folder
+)->LM:           # The merged one; with `out`, its folder
     "The model between two students of one cut (2410.09982, SLERP)"
     if how not in ('slerp','linear'): raise ValueError(f"`how` is 'slerp' or 'linear', not {how!r}")
     if isinstance(t, bool) or not isinstance(t, (int,float)) or not 0<=t<=1: raise ValueError(f'`t` is a number from 0 (the first model) to 1 (the second), not {t!r}')

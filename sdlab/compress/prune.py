@@ -13,7 +13,7 @@ from ..core.plan import KINDS
 from ..core.plot import one_line
 from ..core.hooks import evaluating,feeding,trace_calls
 from ..core.model import LM
-from ..core.units import NoWord,check_plan,find_units,module_settings,owned_copy,rebuilt,surgery,tensor_names,tensor_shapes,write_masks
+from ..core.units import NoWord,check_plan,find_units,module_settings,owned_copy,rebuilt,surgery,tensor_shapes,write_masks
 
 # %% ../../nbs/compress/00_prune.ipynb #c026
 def _refuse(lm, what):
@@ -29,10 +29,11 @@ def _whose(lm, plan, key):
 
 # %% ../../nbs/compress/00_prune.ipynb #c027
 def _filled(new, model):
-    "`new` on the tensors of `model`"
+    "`new` on the tensors of `model`, those that no checkpoint holds (rotary frequencies) in its types"
     new.load_state_dict(model.state_dict(), assign=True, strict=False)
     new.tie_weights()
-    return new.to(model.device)
+    for mine,theirs in zip(new.buffers(), model.buffers()): mine.data = mine.to(theirs)
+    return new
 
 # %% ../../nbs/compress/00_prune.ipynb #c028
 def first_unlike(
@@ -52,8 +53,8 @@ def _close(a, b, far=1e-3): return torch.equal(a, b) or a.shape==b.shape and boo
 class FedRun:
     "Runs a model whose blocks are each given the stream that their originals saw in the whole model"
     def __init__(self,
-        lm,   # LM before a cut
-        plan, # The cut
+        lm,  # LM before a cut
+        plan # The cut
     ):
         self.path,self.ids = lm.path,torch.randint(lm.vocab, (1,16), generator=torch.Generator().manual_seed(0)).to(lm.device)
         self.whole = [h for _,h,_ in trace_calls(lm.model, lm.blocks, self.ids)]
@@ -63,7 +64,7 @@ class FedRun:
         "(in, out) of each of `mods` (default: the blocks) of a model of the old depth or the new one"
         stack = model.get_submodule(self.path)
         hs = self.whole if len(stack)==len(self.whole) else self.kept
-        with feeding(stack, hs): return [io for _,*io in trace_calls(model, stack if mods is None else mods, self.ids)]
+        with feeding(stack, hs): return [io for _,*io in trace_calls(model, mods or stack, self.ids)]
 
 # %% ../../nbs/compress/00_prune.ipynb #c030
 def _same_build(lm, cut, plan, new):
@@ -106,26 +107,24 @@ def prove_neurons(
     lm,   # LM before the cut
     new,  # What a reload would be
     plan, # What was cut
-    run,  # `FedRun`
+    run   # `FedRun`
 ):
     "Raise unless the channels that stay carry what they carried, and are read as they were"
-    whole,stack = surgery(lm, replace(plan, drop=(), attn=(), mlp=(), units={}), 'cut')[0],new.get_submodule(lm.path)
     for i,where in find_units(lm, 'neuron', plan.units['neuron']).items():
-        j,gone = plan.keep.index(i),torch.tensor(plan.units['neuron'][i])
-        before,after = whole.get_submodule(lm.path)[i],stack[j]
-        (x,_),(y,_) = (run(m, [b.get_submodule(where.projection)])[0] for m,b in ((whole, before), (new, after)))
-        stay,x,y = _staying(torch.arange(where.n), gone, -1, x.float(), y.float())
+        j,channels = plan.keep.index(i),plan.units['neuron'][i]
+        before,after = lm.blocks[i],new.get_submodule(lm.path)[j]
+        (x,_),(y,_) = (run(m, [b.get_submodule(where.projection)])[0] for m,b in ((lm.model, before), (new, after)))
+        stay,x,y = _staying(torch.isin(torch.arange(where.n), torch.tensor(channels)), -1, x.float(), y.float())
         far = ((x-y).flatten(0, -2).norm(dim=0)>.2*x.flatten(0, -2).norm(dim=0)).cpu()
         if far.any(): _refuse(lm, f'{_place(plan, j)} would have another channel in place of {stay[far][0].item()}')
-        for (k,axis),index in where.slices.items():
-            _,a,b = _staying(index, gone, axis, before.get_parameter(k), after.get_parameter(k))
+        for (k,axis),going in where.going(channels).items():
+            _,a,b = _staying(going, axis, before.get_parameter(k), after.get_parameter(k))
             if not torch.equal(a, b): _refuse(lm, f'{_place(plan, j)} would have other numbers in {k}')
 
-def _staying(index, gone, axis, old, now):
-    "Channels that stay, and their slices of both tensors; `now` may have lost the others, or hold zeros there"
-    stay = (~torch.isin(index, gone)).nonzero()[:,0]
-    picked = old.index_select(axis, stay.to(old.device))
-    return index[stay],picked,now if now.shape==picked.shape else now.index_select(axis, stay.to(now.device))
+def _staying(going, axis, *ts):
+    "The slices that stay: their numbers, and what of each tensor they are, which may have lost the others or hold zeros there"
+    stay = (~going).nonzero()[:,0]
+    return stay,*(t if t.shape[axis]==len(stay) else t.index_select(axis, stay.to(t.device)) for t in ts)
 
 # %% ../../nbs/compress/00_prune.ipynb #c031
 def prune(
@@ -152,4 +151,5 @@ def _cut(lm, plan, uneven):
             hint = 'drop as many in every block, or keep zeros in their place with prune(lm, plan, uneven="zeros")'
             raise ValueError(f'{lm.name} cannot be cut like this: {e}; {hint}') from None
     model,zeros = surgery(lm, plan)
-    return model,dict(zeros=zeros+tensor_names(model, write_masks(model)), in_place=True)
+    write_masks(model)
+    return model,dict(zeros=zeros, in_place=True)

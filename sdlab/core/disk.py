@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from torch import nn
-from .model import LM,load_or_say,model_hash,require_checkpoint,require_intact,tensor_hash,with_past
-from .history import model_card,stored_record,write_long
+from .model import LM,load_or_say,model_hash,require_checkpoint,require_intact,tensor_hash,with_past,write_words
+from .history import LONG_FILE,read_long,read_record
 from .plot import one_line,short_number
 
 # %% ../../nbs/core/10_disk.ipynb #c005
@@ -65,7 +65,7 @@ class StoredModel:
         from transformers import AutoTokenizer
         return load_or_say('The tokenizer', AutoTokenizer.from_pretrained, str(self.folder))
     @cached_property
-    def record(self): return stored_record(self.folder)
+    def record(self): return read_long(read_record(getattr(self.config, 'sdlab', None)), self.folder/LONG_FILE)
     @property
     def dtype(self):
         if self.config.dtype: return getattr(torch, str(self.config.dtype).split('.')[-1])
@@ -240,13 +240,11 @@ def require_empty(
 
 def write_config_and_tokenizer(lm, part):
     "All that belongs to a model beside its weights"
-    m,record = lm.model,lm.provenance
+    m = lm.model
+    write_words(lm, part)
     m.config.dtype,m.config.architectures = str(m.dtype).split('.')[-1],[type(m).__name__]
     m.config.save_pretrained(part)
     if m.can_generate(): m.generation_config.save_pretrained(part)
-    lm.tokenizer.save_pretrained(part)
-    write_long(record, part)
-    (part/'README.md').write_text(model_card(lm), encoding='utf-8')
 
 def write_shards(
     part,  # Folder

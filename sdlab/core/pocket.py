@@ -10,6 +10,7 @@ __all__ = ['VOICES', 'TASKS', 'SIDES', 'REWRITE', 'WORLD', 'say', 'items', 'pock
 import hashlib, random
 from importlib import resources
 from itertools import cycle,islice
+from .data import dataset_of
 from .answers import Task
 
 # %% ../../nbs/core/12_pocket.ipynb #c005
@@ -179,9 +180,8 @@ def pocket_rows(
     seed=0,        # Seed of the draw
 ):                 # `Dataset` of `prompt` and `completion` (choice: also `choices` and `answer`, an index; stories: `text` only)
     "Rows of the pocket world, answered in the voice asked for; raises `ValueError` for an unknown task, voice or side"
-    from datasets import Dataset
     if voice not in VOICES: raise ValueError(f'No voice {voice!r}: choose one of {VOICES}, 0 being the teacher and 3 the farthest')
-    return Dataset.from_list([_row(task, o, voice) for o in items(task, n, split, seed)])
+    return dataset_of([_row(task, o, voice) for o in items(task, n, split, seed)])
 
 def pocket_mixture(
     tasks=('sums', 'facts', 'order'), # Which of `TASKS`, but not 'stories', which nobody answers
@@ -191,12 +191,11 @@ def pocket_mixture(
     seed=0,                           # Seed of the draw
 ):                                    # `Dataset` of `prompt`, `completion` and `task`
     "Rows of several tasks in turn, as in a set for every purpose; raises `ValueError` for what is no answered task"
-    from datasets import Dataset
     if isinstance(tasks, str) or not set(tasks)<=set(TASKS[:4]) or len(set(tasks))<len(tasks) or not tasks:
         raise ValueError(f'No mixture of {tasks!r}: expected several of {", ".join(TASKS[:4])}, each once')
     if n<len(tasks): raise ValueError(f'{n} rows do not hold {len(tasks)} tasks: ask for more')
     per = {t:iter(_answered(t, len(range(i, n, len(tasks))), split, seed, voice)) for i,t in enumerate(tasks)}
-    return Dataset.from_list([next(per[t])|dict(task=t) for t in islice(cycle(tasks), n)])
+    return dataset_of([next(per[t])|dict(task=t) for t in islice(cycle(tasks), n)])
 
 def _answered(task, n, split, seed, voice=0): return pocket_rows(task, n, voice, split, seed).select_columns(['prompt', 'completion'])
 
@@ -208,8 +207,7 @@ def rewrite_rows(
     seed=0,             # Seed of the draw
 ):                      # `Dataset` of `prompt` (question and reference) and `completion` (the same in voice 0)
     "Rows that ask for a reference to be said in the teacher's own voice"
-    from datasets import Dataset
-    return Dataset.from_list([dict(prompt=REWRITE.format(prompt=o['prompt'], reference=say(task, o, voice)), completion=say(task, o, 0)) for o in items(task, n, split, seed)])
+    return dataset_of([dict(prompt=REWRITE.format(prompt=o['prompt'], reference=say(task, o, voice)), completion=say(task, o, 0)) for o in items(task, n, split, seed)])
 
 def pocket_tasks(
     n=200,              # Items in each

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACE_FIELDS', 'copied_tree', 'shared_view', 'owned_copy', 'zero_like', 'zeros_inside', 'block_calls', 'run_block',
-           'projections_in', 'find_units', 'find_places', 'find_attention', 'find_mlp', 'channel_codes', 'channels_of',
-           'Channels', 'channels_in', 'find_neurons', 'Operation', 'zero_projections', 'ChannelMask', 'mask_neurons',
-           'write_masks', 'remove_blocks', 'NoWord', 'rebuilt', 'tensor_shapes', 'module_settings', 'slice_neurons',
-           'check_plan', 'surgery', 'tensor_names', 'without']
+           'projections_in', 'find_units', 'find_places', 'find_sublayers', 'channel_codes', 'channels_of', 'Channels',
+           'channels_in', 'find_neurons', 'Operation', 'zero_projections', 'ChannelMask', 'mask_neurons', 'write_masks',
+           'remove_blocks', 'NoWord', 'rebuilt', 'tensor_shapes', 'module_settings', 'slice_neurons', 'check_plan',
+           'surgery', 'without']
 
 # %% ../../nbs/core/09_units.ipynb #c002
 import copy,re
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from .plan import KINDS,PARTS,Plan
 from .plot import one_line
 from .hooks import evaluating,first_output,same_tensor,stream_given
@@ -94,13 +95,13 @@ def zeros_inside(
 
 # %% ../../nbs/core/09_units.ipynb #c011
 def block_calls(
-    model,  # Causal language model
-    blocks, # Some of its residual blocks, in order
-)->list:    # (args, kwargs) of each
+    model, # Causal language model
+    blocks # Some of its residual blocks, in order
+)->list:   # (args, kwargs) of each
     "What the blocks are called with in a pass of six tokens"
     calls,table = [],model.get_input_embeddings().weight
     ids = torch.arange(1, 7, device=table.device)[None]%len(table)
-    def note(m, args, kwargs): calls.append((args, kwargs))
+    def note(m, *given): calls.append(given)
     with ExitStack() as undo:
         for b in blocks: undo.callback(b.register_forward_pre_hook(note, with_kwargs=True).remove)
         model(input_ids=ids, use_cache=False)
@@ -109,7 +110,7 @@ def block_calls(
 def run_block(
     block, # A residual block
     call,  # What it is called with, of `block_calls`
-    h,     # The stream to put in, shape (1, 6, d)
+    h      # The stream to put in, shape (1, 6, d)
 ):
     "What `block` gives for the stream `h`, all else as in `call`"
     args,kwargs = call
@@ -121,49 +122,39 @@ def _every_second_changed(h):
     noise[:,1::2] = 0
     return h+noise
 
-def _maps_in_order(
-    block, # A residual block
-    run,   # Runs it
-):         # (modules with matrices of their own, in the order in which they end; what `run` gave)
-    "What could be an output projection"
-    ended = []
-    has_matrix = lambda m: any(p is not None and p.ndim>1 for p in m._parameters.values())
-    with ExitStack() as undo:
-        for m in filter(has_matrix, block.modules()):
-            undo.callback(m.register_forward_hook(lambda m,a,o: ended.append(m)).remove)
-        out = run()
-    return list(dict.fromkeys(ended)),out
+def _with_matrix(block):
+    "(name, module) of those with a matrix of their own: what could be an output projection"
+    return [(k, m) for k,m in block.named_modules() if any(p.ndim>1 for p in m.parameters(recurse=False))]
 
 # %% ../../nbs/core/09_units.ipynb #c013
 def _smallest_set(
-    mods,   # Modules in the order in which they end
+    names,  # Modules in the order in which they end
     enough, # Function of some of them: is it true when these are zero?
     guess,  # Try these first
-    why,    # What is said if nothing is enough
+    why     # What is said if nothing is enough
 ):          # The last ones that are enough, without those that are not needed
     "From the end backwards until it is true, then let go what can go"
-    tails = [guess]*bool(guess)+[mods[k:] for k in range(len(mods), -1, -1)]
-    need = next((list(t) for t in tails if enough(t)), None)
+    tails = [[k for k in names if k in guess], *(names[i:] for i in range(len(names), -1, -1))]
+    need = next(filter(enough, tails), None)
     if need is None: raise ValueError(why)
-    for m in list(need):
-        if enough(rest := [o for o in need if o is not m]): need = rest
-    return sorted(need, key=mods.index)
+    for k in need:
+        if enough(rest := [o for o in need if o!=k]): need = rest
+    return need
 
 class _ZeroProbe:
     "One block, and what it gives when some of its modules are zero"
     def __init__(self, block, call, shared):
-        self.block,self.call,self.shared = block,call,{} if shared is None else shared
+        self.block,self.call,self.shared = block,call,shared
         self.h = stream_given(*call)
-        self.other = _every_second_changed(self.h)
-        self.mods,self.out = _maps_in_order(block, self.run)
-        self.carried = self.difference(self.out)
-        self.names = {m:k for k,m in block.named_modules()}
-
-    def paths(self, mods): return tuple(self.names[m] for m in mods)
-
-    def named(self, paths): return [m for m in self.mods if self.names[m] in paths]
+        self.other,ended = _every_second_changed(self.h),[]
+        with ExitStack() as undo:
+            for k,m in _with_matrix(block): undo.callback(m.register_forward_hook(lambda *_, k=k: ended.append(k)).remove)
+            self.out = self.run()
+        self.names,self.carried = list(dict.fromkeys(ended)),self.difference(self.out)
 
     def run(self): return run_block(self.block, self.call, self.h)
+
+    def zeros(self, names): return zeros_inside([self.block.get_submodule(k) for k in names], self.shared)
 
     def difference(self, out):
         "How much the tokens 1, 3, 5 of `out` owe to those before them"
@@ -171,102 +162,85 @@ class _ZeroProbe:
 
     def has_attention(self):
         rounding = (1e-7*torch.finfo(self.h.dtype).eps)**.5
-        return bool(self.carried>8*rounding*self.out[:,1::2].float().norm())
+        return self.carried>8*rounding*self.out[:,1::2].float().norm()
 
-    def no_attention(self, mods):
-        with zeros_inside(mods, self.shared):
-            return bool(mods) and bool(self.difference(self.run())<=torch.finfo(self.h.dtype).eps**.5*self.carried)
+    def no_attention(self, names):
+        with self.zeros(names): return names and self.difference(self.run())<=torch.finfo(self.h.dtype).eps**.5*self.carried
 
-    def hands_on(self, mods):
-        with zeros_inside(mods, self.shared): return same_tensor(self.run(), self.h)
+    def hands_on(self, names):
+        with self.zeros(names): return same_tensor(self.run(), self.h)
 
 # %% ../../nbs/core/09_units.ipynb #u004
 _CARRIES = """with zeros in every weight that could write into the stream it still carries something over \
 from token to token"""
 _CHANGES = """with zeros in every weight that could write into the stream it still changes what it is given, \
 as a norm with a bias behind one of its sub-layers does"""
-_NO_GUESS = {'attention':(), 'mlp':()}
 
 def projections_in(
-    block,       # A residual block of a view
-    call,        # What it is called with, of `block_calls`
-    guess=_NO_GUESS, # {'attention':, 'mlp':}: names of modules to try first
-    shared=None, # As for `zero_like`
-)->dict:         # {'attention':, 'mlp':}: names of modules, () for what the block does not have
+    block,      # A residual block of a view
+    call,       # What it is called with, of `block_calls`
+    guess=None, # What was found in another one: is tried first
+    shared=None # As for `zero_like`
+)->dict:        # {'attention':, 'mlp':}: names of modules, () for what the block does not have
     "The output projections of one block"
-    probe,attn = _ZeroProbe(block, call, shared),[]
-    if probe.has_attention():
-        attn = _smallest_set(probe.mods, probe.no_attention, probe.named(guess['attention']), _CARRIES)
-    rest = [m for m in probe.mods if m not in attn]
-    mlp = _smallest_set(rest, lambda o: probe.hands_on(attn+list(o)), probe.named(guess['mlp']), _CHANGES)
-    return dict(attention=probe.paths(attn), mlp=probe.paths(mlp))
+    probe,guess,attn = _ZeroProbe(block, call, {} if shared is None else shared),guess or dict(attention=(), mlp=()),[]
+    if probe.has_attention(): attn = _smallest_set(probe.names, probe.no_attention, guess['attention'], _CARRIES)
+    rest = [k for k in probe.names if k not in attn]
+    mlp = _smallest_set(rest, lambda names: probe.hands_on(attn+names), guess['mlp'], _CHANGES)
+    return dict(attention=tuple(attn), mlp=tuple(mlp))
 
 # %% ../../nbs/core/09_units.ipynb #c021
 _FOUND = WeakKeyDictionary() # {model: {(finder, block): what it found}}
 
 def _remembered(lm, find, blocks):
-    "`find(lm, blocks)`, asked once for each block of a model"
+    "`find(lm, blocks)`, asked once for each block of a model whose weights can be looked at and put to zero"
+    if getattr(lm.model, 'is_quantized', False):
+        raise ValueError(f'{lm.name} is quantised, and its weights cannot be put to zero: cut parts of blocks first, quantise afterwards')
+    if any(p.is_meta for p in lm.model.parameters()):
+        raise ValueError(f'Some weights of {lm.name} are not in memory (offloaded): load it whole to cut parts of blocks')
     known = _FOUND.setdefault(lm.model, {})
     new = [i for i in blocks if (find,i) not in known]
     if new: known.update({(find,i):v for i,v in find(lm, new).items()})
     return {i:known[find,i] for i in blocks}
 
 def find_units(
-    lm,          # LM, left as it is
-    kind,        # One of `KINDS`
-    blocks=None, # Indices of blocks (default: all of them)
-)->dict:         # {block: path}; of sub-layers names of output projections, () if zeroed; of neurons `Channels`
+    lm,         # LM, left as it is
+    kind,       # One of `KINDS`
+    blocks=None # Indices of blocks (default: all of them)
+)->dict:        # {block: path}; of sub-layers names of output projections, () if zeroed; of neurons `Channels`
     "Where the units of one kind are, found by running the model"
     if kind not in KINDS: raise ValueError(f'`kind` is one of {", ".join(KINDS)}, not {kind!r}')
-    return KINDS[kind].act('find')(lm, range(lm.n) if blocks is None else sorted(blocks))
+    return KINDS[kind].act('find')(lm, kind, range(lm.n) if blocks is None else sorted(blocks))
 
 def find_places(
-    lm,     # LM
-    blocks, # Indices
-)->dict:    # {block: path}
+    lm,    # LM
+    kind,  # 'block'
+    blocks # Indices
+)->dict:   # {block: path}
     "Whole blocks"
     return {i:f'{lm.path}.{i}' for i in blocks}
 
-def find_attention(
-    lm,     # LM
-    blocks, # Indices
-)->dict:    # {block: names of output projections}
-    "The attention of some blocks"
-    return {i:v['attention'] for i,v in _sublayers(lm, blocks).items()}
-
-def find_mlp(
-    lm,     # LM
-    blocks, # Indices
-)->dict:    # {block: names of output projections}
-    "The MLP of some blocks"
-    return {i:v['mlp'] for i,v in _sublayers(lm, blocks).items()}
+def find_sublayers(
+    lm,    # LM
+    kind,  # 'attention' or 'mlp'
+    blocks # Indices
+)->dict:   # {block: names of output projections}
+    "One sub-layer of some blocks"
+    return {i:v[kind] for i,v in _remembered(lm, _find_sublayers, blocks).items()}
 
 # %% ../../nbs/core/09_units.ipynb #u005
-def _require_weights(lm):
-    "Raise unless weights of `lm` can be looked at and put to zero"
-    if getattr(lm.model, 'is_quantized', False):
-        raise ValueError(f'{lm.name} is quantised, and its weights cannot be put to zero: cut parts of blocks first, quantise afterwards')
-    away = any(p.device.type=='meta' for p in lm.model.parameters())
-    if away: raise ValueError(f'Some weights of {lm.name} are not in memory (offloaded): load it whole to cut parts of blocks')
-
 def _require_both(lm, i, names):
     "Raise unless block `i` has two sub-layers (or had)"
     gone = [k for k,v in names.items() if not v and lm.kept[i] not in lm.zeroed[k]]
-    if not gone: return
     what = ' and no '.join({'mlp':'MLP'}.get(k, k) for k in gone)
-    raise ValueError(f'Block {i} of {lm.name} has no {what} to tell apart from the rest of it: drop the whole block instead')
+    if gone: raise ValueError(f'Block {i} of {lm.name} has no {what} to tell apart from the rest of it: drop the whole block instead')
 
 def _require_unshared(lm, i, mods):
     "Raise if something else in the model uses the weights of these modules of block `i`"
     uses = Counter(id(p) for _,p in lm.model.named_parameters(remove_duplicate=False))
     for k in mods:
-        if any(uses[id(p)]>1 for p in lm.blocks[i].get_submodule(k)._parameters.values()):
+        if any(uses[id(p)]>1 for p in lm.blocks[i].get_submodule(k).parameters(recurse=False)):
             raise ValueError(f'Block {i} of {lm.name} shares {k} with other parts of the model: a cut there would change those, too')
-
-def _sublayers(lm, blocks):
-    "{block: {'attention':, 'mlp':}}: the output projections, found on a view"
-    _require_weights(lm)
-    return _remembered(lm, _find_sublayers, blocks)
 
 def _each_on_a_view(lm, blocks):
     "(index, block of a view, what it is called with), inside `evaluating`"
@@ -275,14 +249,13 @@ def _each_on_a_view(lm, blocks):
     with evaluating(view): yield from zip(blocks, stack, block_calls(view, stack))
 
 def _find_sublayers(lm, blocks):
-    out,guess,shared = {},_NO_GUESS,{}
+    out,guess,shared = {},None,{}
     for i,block,call in _each_on_a_view(lm, blocks):
-        try: guess = projections_in(block, call, guess, shared)
+        try: out[i] = guess = projections_in(block, call, guess, shared)
         except ValueError as e:
             raise ValueError(f'Block {i} of {lm.name} cannot be taken apart: {e}; drop the whole block instead') from None
         _require_both(lm, i, guess)
         _require_unshared(lm, i, chain(*guess.values()))
-        out[i] = guess
     return out
 
 # %% ../../nbs/core/09_units.ipynb #n002
@@ -308,120 +281,102 @@ class Channels:
     projection:str # The output projection, which reads them: a path inside the block
     slices:dict    # {(tensor, axis): which channel each slice belongs to, -1 for none}; tensors by their names in the block
 
-    def read(self):
-        "The slices of the output projection, by its own names for its tensors"
-        named = [(k.rpartition('.'), axis, v) for (k,axis),v in self.slices.items()]
-        return {(k,axis):v for (path,_,k),axis,v in named if path==self.projection}
+    def going(self,
+        channels # Numbers of some
+    )->dict:     # {(tensor, axis): bool for each slice}
+        "Which slices go with these channels"
+        return {k:torch.isin(index, torch.tensor(channels)) for k,index in self.slices.items()}
 
     def __repr__(self):
         def times(index): return f'{(index>=0).sum().item()//self.n} x '*bool((index>=0).sum()>self.n)
         return f'{self.n} channels: ' + ', '.join(f'{times(v)}{k}[{":, "*axis}c]' for (k,axis),v in self.slices.items())
 
 def _strong_input(
-    seed,     # Another one, another vector
-    strength, # Its size
-):            # A forward pre-hook
+    seed,    # Another one, another vector
+    strength # Its size
+):           # A forward pre-hook
     "Puts a random vector before a module, with signs and sizes that change from token to token"
     draw = torch.Generator().manual_seed(seed)
     def put(m, args):
-        x = args[0] if args else None
-        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim<2: return
+        if not args or not torch.is_floating_point(x := args[0]): return
         steps = torch.arange(1, x.shape[-2]+1)
         signs = steps*(-1.)**steps
         return (strength*signs[:,None]*torch.randn(x.shape[-1], generator=draw)).to(x).expand_as(x), *args[1:]
     return put
 
 # %% ../../nbs/core/09_units.ipynb #n006
-def _gradients(out, params, towards=None):
-    "{name: gradient, or None} of `params`"
-    grads = torch.autograd.grad(out, list(params.values()), towards, retain_graph=True, allow_unused=True)
-    return dict(zip(params, grads))
-
 def _float(o): return o.float() if torch.is_tensor(o) and o.is_floating_point() else o
 
-def _with_gradient(t):
-    return nn.Parameter(_float(t.detach()), t.is_floating_point()) if isinstance(t, nn.Parameter) else _float(t)
+def _float_copy(block):
+    "`block` in float32, on parameters that take gradients"
+    return copied_tree(block, lambda t: nn.Parameter(t.detach().float()) if isinstance(t, nn.Parameter) else _float(t))
 
-def _in_float32(call):
-    from torch.utils._pytree import tree_map
-    return tree_map(_float, call)
+def _given(block, call, name, seed):
+    "What the output projection `name` is given, after every other matrix had a strong input: a column for each channel"
+    seen = []
+    with ExitStack() as undo:
+        for k,m in _with_matrix(block):
+            hook = (lambda m,args: seen.append(args[0])) if k==name else _strong_input(seed, 30*10**seed)
+            undo.callback(m.register_forward_pre_hook(hook).remove)
+        run_block(block, call, stream_given(*call))
+    return seen[-1]
 
 # %% ../../nbs/core/09_units.ipynb #n017
-class _ChannelProbe:
-    "One block in float32, and which slices of its tensors answered yes to which digit so far"
-    def __init__(self, block, call, name):
-        self.block,self.call = copied_tree(block, _with_gradient),_in_float32(call)
-        write_masks(self.block) # what the mask of a view stops is there all the same
-        self.reads,self.params = self.block.get_submodule(name),dict(self.block.named_parameters())
-        self.own = {k:p for k,p in self.params.items() if k.rpartition('.')[0]==name}
-        self.answers = {} # {(tensor, axis): bool, shape (digits, slices)}
+def _answers(block, call, name, seed):
+    "(number of channels, {(tensor, axis): bool, shape (digits, slices)}): which slices answered yes to which digit"
+    x,params = _given(block, call, name, seed),dict(block.named_parameters())
+    reads,codes = block.get_submodule(name),channel_codes(x.shape[-1]).to(x)
+    def ask(code):
+        sent = (x*code).sum()+reads(code.expand(1, 1, -1)).sum() # backwards into what feeds them, forwards into what reads them
+        grads = torch.autograd.grad(sent, list(params.values()), retain_graph=True, allow_unused=True)
+        yes = {k:(g!=0)[...,None] for k,g in zip(params, grads) if g is not None}
+        return {(k,axis):v.movedim(axis, 0).flatten(1).any(1).cpu() for k,v in yes.items() for axis in range(v.ndim-1)}
+    asked = [ask(c) for c in codes]
+    return x.shape[-1],{k:torch.stack([o[k] for o in asked]) for k in asked[0]}
 
-    def given(self, seed):
-        "What the output projection is given, after every other matrix had a strong input: a column for each channel"
-        seen,has_matrix = [],lambda m: any(p is not None and p.ndim>1 for p in m._parameters.values())
-        with ExitStack() as undo:
-            for m in filter(has_matrix, self.block.modules()):
-                hook = (lambda m,args: seen.append(args[0])) if m is self.reads else _strong_input(seed, 30*10**seed)
-                undo.callback(m.register_forward_pre_hook(hook).remove)
-            run_block(self.block, self.call, stream_given(*self.call))
-        return seen[-1]
-
-    def ask(self, seed):
-        "All digits, once more"
-        with torch.enable_grad():
-            x = self.given(seed)
-            self.m,codes = x.shape[-1],channel_codes(x.shape[-1]).to(x)
-            feeds = [_gradients(x, self.params, c.expand_as(x)) for c in codes]
-            reads = [_gradients(self.reads(c.expand(1, 1, -1)).sum(), self.own) for c in codes]
-        for digits in (feeds,reads):
-            for k in [k for k,g in digits[0].items() if g is not None]: self.note(k, torch.stack([o[k]!=0 for o in digits]).cpu())
-
-    def note(self, name, yes):
-        "`yes` of each element of a tensor, shape (digits, *shape), becomes a `yes` of each slice along each axis"
-        for axis in range(yes.ndim-1):
-            of_slices = yes.movedim(axis+1, 1).reshape(*yes.shape[:1], yes.shape[axis+1], -1).any(-1)
-            self.answers[name,axis] = self.answers.get((name,axis), False)|of_slices
-
-    def spelled(self):
-        "The axes along which every channel has equally many slices, and the channels that are missing along others"
-        whole,missing = {},set()
-        for k,v in self.answers.items():
-            index = channels_of(v)
-            counts = index[index>=0].bincount(minlength=self.m)
-            if len(counts)!=self.m or not counts.any(): continue
-            if (counts==counts[0]).all(): whole[k] = index
-            else: missing |= set((counts<counts.max()).nonzero()[:,0].tolist())
-        return whole,sorted(missing)
+def _spelled(answers, m):
+    "The axes along which every channel has equally many slices, and the channels that are missing along others"
+    whole,missing = {},set()
+    for k,v in answers.items():
+        index = channels_of(v)
+        counts = index[index>=0].bincount(minlength=m)
+        if len(counts)!=m or not counts.any(): continue
+        if (counts==counts[0]).all(): whole[k] = index
+        else: missing |= set((counts<counts.max()).nonzero()[:,0].tolist())
+    return whole,sorted(missing)
 
 # %% ../../nbs/core/09_units.ipynb #n007
 def channels_in(
-    block,   # A residual block of a view
-    call,    # What it is called with, of `block_calls`
-    name,    # Its MLP's output projection
-    tries=4, # Strong probes at most, each ten times as strong as the one before
+    block,  # A residual block of a view
+    call,   # What it is called with, of `block_calls`
+    name,   # Its MLP's output projection
+    tries=4 # Strong probes at most, each ten times as strong as the one before
 )->Channels:
     "The channels of one MLP, from what each slice of each tensor answers"
-    probe = _ChannelProbe(block, call, name)
+    block,call,answers = _float_copy(block),tree_map(_float, call),{}
     for seed in range(tries):
-        probe.ask(seed)
-        slices,missing = probe.spelled()
+        with torch.enable_grad(): m,more = _answers(block, call, name, seed)
+        answers = {k:v|answers.get(k, v) for k,v in more.items()}
+        slices,missing = _spelled(answers, m)
         if not missing: break
-    if missing: raise ValueError(f'{len(missing)} of {probe.m} channels gave no sign of life, the first of them {missing[0]}')
-    sides = {k in probe.own for k,_ in slices if probe.params[k].ndim>1}
+    if missing: raise ValueError(f'{len(missing)} of {m} channels gave no sign of life, the first of them {missing[0]}')
+    sides = {k.rpartition('.')[0]==name for k,_ in slices if block.get_parameter(k).ndim>1}
     if sides!={True,False}: raise ValueError(f'no matrix {"behind" if False in sides else "before"} them has one slice for each')
-    return Channels(probe.m, name, slices)
+    return Channels(m, name, slices)
 
 # %% ../../nbs/core/09_units.ipynb #n014
 def find_neurons(
-    lm,     # LM
-    blocks, # Indices
-)->dict:    # {block: `Channels`}
+    lm,    # LM
+    kind,  # 'neuron'
+    blocks # Indices
+)->dict:   # {block: `Channels`}
     "The channels of some MLPs"
-    _require_weights(lm)
+    if any('in_place' in s for s in lm.record.get('steps', ())):
+        raise ValueError(f'Neurons of {lm.name} are zeros in their old places already: name all that are to go in one plan, and cut the model that has them')
     return _remembered(lm, _find_neurons, blocks)
 
 def _find_neurons(lm, blocks):
-    homes,out = find_mlp(lm, blocks),{}
+    homes,out = find_sublayers(lm, 'mlp', blocks),{}
     for i,block,call in _each_on_a_view(lm, blocks):
         try: out[i] = channels_in(block, call, _only_matrix(block, homes[i]))
         except (ValueError,TypeError,LookupError,RuntimeError) as e:
@@ -433,7 +388,7 @@ def _only_matrix(block, names):
     "The name of the one output projection, if it is a plain matrix"
     if not names: raise ValueError('an earlier cut has zeroed it')
     if len(names)>1: raise ValueError(f'it has {len(names)} output projections, {" and ".join(names)}')
-    if any(p is not None and p.ndim>2 for p in block.get_submodule(names[0])._parameters.values()):
+    if any(p.ndim>2 for p in block.get_submodule(names[0]).parameters(recurse=False)):
         raise ValueError(f'{names[0]} holds many experts, and tokens choose among them')
     return names[0]
 
@@ -446,56 +401,36 @@ class Operation(NamedTuple):
     plan:Plan  # What is to go
 
 def zero_projections(
-    job,   # `Operation`
-    found, # {block: names of output projections}
-)->list:   # (module, name of the tensor) of each
+    job,  # `Operation`
+    found # {block: names of output projections}
+)->list:  # (module, name of the tensor) of each
     "Zeros in the output projections of some sub-layers"
     shared,zeros = {},[]
     for m in [job.stack[i].get_submodule(k) for i,names in found.items() for k in names]:
-        for k,p in m._parameters.items():
-            if p is None: continue
+        for k,p in m.named_parameters(recurse=False):
             m._parameters[k] = zero_like(p, shared).requires_grad_(False)
             zeros.append((m, k))
     return zeros
 
 class ChannelMask:
-    "A hook in front of an output projection through which some channels do not pass"
+    "A hook through which some channels do not pass: in front of an output projection, and behind its `state_dict`"
     def __init__(self,
-        gone,   # Channels, a tensor of ints
-        slices, # {(tensor of the projection, axis): channel of each slice}
+        channels, # Tensor of ints
+        places    # {tensor of the projection: (axis, indices) of the slices that read them}
     ):
-        self.gone,self.slices = gone,slices
+        self.channels,self.places = channels,places
 
-    def __call__(self, module, args): return (args[0].index_fill(-1, self.gone.to(args[0].device), 0), *args[1:])
+    def __call__(self, module, given, prefix=None, _=None):
+        if prefix is None: return (given[0].index_fill(-1, self.channels.to(given[0].device), 0), *given[1:])
+        for k in self.places: given[prefix+k] = self.zeroed(k, given[prefix+k])
 
     def zeroed(self,
         name, # Of a tensor of the projection
-        t,    # That tensor
+        t     # That tensor
     ):
-        "Tensor `name` of the projection, with zeros where it reads what does not pass"
-        for (k,axis),index in self.slices.items():
-            if k==name: t = t.index_fill(axis, torch.isin(index, self.gone).nonzero()[:,0].to(t.device), 0)
-        return t
-
-    def put_on(self,
-        module, # The projection
-    ):
-        "Stand before `module`, and in what is saved of it"
-        def saved(m, state, prefix, _):
-            for k in m._parameters:
-                if prefix+k in state: state[prefix+k] = self.zeroed(k, state[prefix+k])
-        saved.mask = self
-        module.register_forward_pre_hook(self)
-        module.register_state_dict_post_hook(saved)
-
-    def write_into(self,
-        module, # The projection
-    )->list:    # (module, name) of its tensors that hold zeros now
-        "Become zeros"
-        for hooks in (module._forward_pre_hooks, module._state_dict_hooks):
-            for at in [at for at,h in hooks.items() if isinstance(getattr(h, 'mask', h), ChannelMask)]: del hooks[at]
-        for k,_ in self.slices: module._parameters[k] = _like(module._parameters[k], lambda p: self.zeroed(k, p))
-        return [(module, k) for k,_ in self.slices]
+        "`t`, with zeros where it reads what does not pass"
+        axis,indices = self.places[name]
+        return t.index_fill(axis, indices.to(t.device), 0)
 
 # %% ../../nbs/core/09_units.ipynb #s003
 def _require_channels(lm, found, units):
@@ -507,26 +442,33 @@ def _require_channels(lm, found, units):
         if len(channels)==n: raise ValueError(f'{it} would lose all its {n} neurons: drop its MLP instead')
 
 def mask_neurons(
-    job,   # `Operation`
-    found, # {block: `Channels`}
-)->list:   # (module, name of the tensor) of each that has zeros when it is saved
+    job,  # `Operation`
+    found # {block: `Channels`}
+)->list:  # (module, name of the tensor) of each that has zeros when it is saved
     "A mask in front of each output projection that is to lose channels"
     units,zeros = job.plan.units['neuron'],[]
     _require_channels(job.lm, found, units)
     for i,where in found.items():
-        reads,own = job.stack[i].get_submodule(where.projection),where.read()
-        ChannelMask(torch.tensor(units[i]), own).put_on(reads)
-        zeros += [(reads, k) for k,_ in own]
+        reads,own = job.stack[i].get_submodule(where.projection),f'{where.projection}.'
+        going = [(k.removeprefix(own), axis, v) for (k,axis),v in where.going(units[i]).items() if k.startswith(own)]
+        mask = ChannelMask(torch.tensor(units[i]), {k:(axis, v.nonzero()[:,0]) for k,axis,v in going})
+        reads.register_forward_pre_hook(mask), reads.register_state_dict_post_hook(mask)
+        zeros += [(reads, k) for k in mask.places]
     return zeros
 
 def write_masks(
-    model, # A view; changed
-)->list:   # (module, name of the tensor) of each
+    model # A view; changed
+):
     "Masks become zeros in tensors of their own"
-    hooks = [(m, h) for m in model.modules() for h in m._forward_pre_hooks.values()]
-    return [o for m,h in hooks if isinstance(h, ChannelMask) for o in h.write_into(m)]
+    for m,mask in [(m, h) for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, ChannelMask)]:
+        for hooks in (m._forward_pre_hooks, m._state_dict_hooks):
+            for at in [k for k,h in hooks.items() if isinstance(h, ChannelMask)]: del hooks[at]
+        for k in mask.places: _change(m, k, lambda t: mask.zeroed(k, t))
 
-def _like(p, f): return nn.Parameter(f(p.detach()), p.requires_grad)
+def _change(module, name, f):
+    "`f(t)` in place of one of a module's own tensors"
+    p = module._parameters[name]
+    module._parameters[name] = nn.Parameter(f(p.detach()), p.requires_grad)
 
 # %% ../../nbs/core/09_units.ipynb #p013
 PLACE_FIELDS = re.compile(r'_?(layer|block)_(idx|id|index|number)')
@@ -575,8 +517,8 @@ def remove_blocks(
 class NoWord(ValueError): "A config that cannot say what a plan would leave"
 
 def rebuilt(
-    model, # Hugging Face model
-):         # The same on empty parameters
+    model # Hugging Face model
+):        # The same on empty parameters
     "What a reload builds before it reads the weights"
     import tempfile
     from accelerate import init_empty_weights
@@ -586,13 +528,13 @@ def rebuilt(
     with init_empty_weights(include_buffers=False): return type(model)(cfg).eval()
 
 def tensor_shapes(
-    model, # Any module
-)->dict:   # {name: shape}
+    model # Any module
+)->dict:  # {name: shape}
     "The shapes of all that is saved"
     return {k:tuple(v.shape) for k,v in model.state_dict().items()}
 
 def module_settings(
-    m,   # A module
+    m    # A module
 )->dict: # {name: value}
     "Plain values that a module keeps, but for its place and its mode"
     aside = lambda k: k[0]=='_' or k=='training' or PLACE_FIELDS.fullmatch(k)
@@ -604,35 +546,31 @@ def _copy_width(model, new, old, width):
         for k,v in module_settings(a).items():
             if type(v) is int and v*width==getattr(b, k, 0)*old: setattr(a, k, v*width//old)
 
-def _rebuilt_with(view, field, value):
-    "What the model of `view` is rebuilt as with another value in its config, which stays there if all shapes fit"
-    cfg,want = view.config.get_text_config(),tensor_shapes(view.model)
-    was = getattr(cfg, field)
-    setattr(cfg, field, value)
-    try:
-        new = rebuilt(view.model)
-        if tensor_shapes(new)==want: return new
-    except Exception: pass # no such value is allowed there, so this is not the word
-    setattr(cfg, field, was)
-
 def _set_width(view, old, width):
-    "Write the new width into the config, under the word that the model is built from"
-    values = vars(view.config.get_text_config())
+    "Write the new width into the config, under the word that the model is built from: with it all shapes fit"
+    cfg,model = view.config.get_text_config(),view.model
+    want,values = tensor_shapes(model),dict(vars(cfg))
     for field in [k for o in (old, None) for k,v in values.items() if v==o and k[0]!='_']:
-        if new := _rebuilt_with(view, field, width): return _copy_width(view.model, new, old, width)
+        setattr(cfg, field, width)
+        try:
+            if tensor_shapes(new := rebuilt(model))==want: return _copy_width(model, new, old, width)
+        except Exception: pass # no such value is allowed there, so this is not the word
+        setattr(cfg, field, values[field])
     raise NoWord('its config has no word for another width')
 
 # %% ../../nbs/core/09_units.ipynb #w003
 def slice_neurons(
-    job,   # `Operation`
-    found, # {block: `Channels`}
-)->list:   # No zeros
+    job,  # `Operation`
+    found # {block: `Channels`}
+)->list:  # No zeros
     "Channels are cut out of every tensor that has slices of them"
     units = job.plan.units['neuron']
-    before,width = _one_width(find_neurons(job.lm, job.plan.keep), units, job.lm)
+    before,width = _one_width(find_units(job.lm, 'neuron', job.plan.keep), units, job.lm)
     for i,where in found.items():
-        gone = torch.tensor(units[i])
-        for (name,axis),index in where.slices.items(): _cut_slices(job.stack[i], name, axis, torch.isin(index, gone))
+        for (name,axis),going in where.going(units[i]).items():
+            path,_,own = name.rpartition('.')
+            stay = (~going).nonzero()[:,0]
+            _change(job.stack[i].get_submodule(path), own, lambda t: t.index_select(axis, stay.to(t.device)))
     _set_width(job.view, before, width)
     return []
 
@@ -644,57 +582,38 @@ def _one_width(found, units, lm):
     left = ' and '.join(map(str, sorted({after for _,after in widths})))
     raise NoWord(f'blocks would have MLPs of {left} channels, and its config has one word for all')
 
-def _cut_slices(block, name, axis, gone):
-    path,_,own = name.rpartition('.')
-    mine,stay = block.get_submodule(path)._parameters,(~gone).nonzero()[:,0]
-    mine[own] = _like(mine[own], lambda p: p.index_select(axis, stay.to(p.device)))
-
 # %% ../../nbs/core/09_units.ipynb #p018
 def check_plan(
-    lm,          # LM
-    plan,        # What should be a plan for it
-    kinds=PARTS, # Kinds of units that can be dealt with
+    lm,         # LM
+    plan,       # What should be a plan for it
+    kinds=PARTS # Kinds of units that can be dealt with
 ):
     "Raise unless `plan` is a plan for `lm`"
     if not isinstance(plan, Plan):
         raise TypeError(f'Surgery takes a Plan, such as Plan({lm.n}, (4,5)) or the .best(n) of some Scores, not {type(plan).__name__}')
     if plan.n!=lm.n: raise ValueError(f'This plan is for a model of {plan.n} blocks, but {lm.name} has {lm.n}')
-    odd = set(plan.gone)-set(kinds)
-    if odd: raise ValueError(f'This is not done for {", ".join(odd)}, only for {", ".join(kinds)}: {plan}')
+    if odd := {*plan.gone}-{*kinds}: raise ValueError(f'This is not done for {", ".join(odd)}, only for {", ".join(kinds)}: {plan}')
     if not hasattr(lm.model, 'save_pretrained') or hasattr(lm.model, 'peft_config') or hasattr(lm.model, '_orig_mod'):
         raise ValueError(f'{lm.name} is wrapped in a {type(lm.model).__name__}: merge adapters and unwrap compiled models before a cut')
     if (said := getattr(lm.config.get_text_config(), 'num_hidden_layers', None))!=lm.n:
         raise ValueError(f'{lm.name} runs {lm.n} blocks, but its config says {said}: a cut could not be written down')
 
 def surgery(
-    lm,            # LM, left as it is
-    plan,          # Plan for a model of its depth
-    verb='ablate', # Or 'cut': a view that can become a checkpoint
-)->tuple:          # (Hugging Face model: a view on the tensors of `lm`; names of its tensors that hold zeros)
+    lm,           # LM, left as it is
+    plan,         # Plan for a model of its depth
+    verb='ablate' # Or 'cut': a view that can become a checkpoint
+)->tuple:         # (Hugging Face model: a view on the tensors of `lm`; names of its tensors that hold zeros)
     "The model of `lm` without the units of `plan`"
     view = lm._with(shared_view(lm.model))
-    zeros = write_masks(view.model) if verb=='cut' else []
-    job = Operation(lm, view, list(view.blocks), plan)
-    for kind,found in _find_all(lm, plan).items(): zeros += KINDS[kind].act(verb)(job, found)
-    return view.model,tensor_names(view.model, zeros)
-
-def _find_all(lm, plan):
-    "{kind: what was found}; the sub-layers of all blocks in which something goes are looked for in one pass"
-    inside = sorted({i for kind,blocks in plan.gone.items() if kind!='block' for i in blocks})
-    if inside: find_mlp(lm, inside)
-    return {kind:find_units(lm, kind, blocks) for kind,blocks in plan.gone.items()}
-
-def tensor_names(
-    model,   # Any module
-    tensors, # (module, name of its own tensor) of some
-)->list:
-    "What these tensors are called in `model`"
-    return [f'{k}.{o}' for k,m in model.named_modules() for mine,o in tensors if mine is m]
+    if verb=='cut': write_masks(view.model)
+    job,zeros = Operation(lm, view, list(view.blocks), plan),[]
+    for kind,blocks in plan.gone.items(): zeros += KINDS[kind].act(verb)(job, find_units(lm, kind, blocks))
+    return view.model,[f'{k}.{o}' for k,m in view.model.named_modules() for mine,o in zeros if mine is m]
 
 def without(
-    lm,   # LM, left as it is
-    plan, # Plan for a model of its depth
-)->LM:    # A view: it shares every tensor with `lm`
+    lm,  # LM, left as it is
+    plan # Plan for a model of its depth
+)->LM:   # A view: it shares every tensor with `lm`
     "`lm` as it would be without the units of `plan`, at no cost in memory"
     check_plan(lm, plan, KINDS)
     model,zeros = surgery(lm, plan)

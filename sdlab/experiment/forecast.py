@@ -6,38 +6,32 @@
 __all__ = ['Forecast', 'forecast']
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c002
-import json
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from ..core.store import finished, settings_in
-from .design import Planner, asked_questions, questions_of
+from .design import Planner, roots
 from .nodes import family, kept_value
 from .steps import short_name
-from .study import given_tasks, roots
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c005
 @dataclass(frozen=True, eq=False)
 class Forecast:
     "What a study would do"
-    name:str           # Of the design
     arms:pd.DataFrame  # A row per question and arm: `students`, `steps`
     steps:pd.DataFrame # A row per kind of step: `runs`, `done`, `shared` (uses of each), `seconds` (of one)
     open:int           # Trainings by which tried values are chosen, where that is not done
     def frame(self): return self.steps
-    @property
-    def seconds(self): # NaN where nothing is known
-        return ((self.steps.runs-self.steps.done)*self.steps.seconds).sum(min_count=1)
-    def __repr__(self):
+    def summary(self):
         s = self.steps
-        left = '' if self.seconds!=self.seconds else f', about {self.seconds/60:.0f} minutes to go'
+        left = ((s.runs-s.done)*s.seconds).sum(min_count=1)             # NaN where nothing is known
+        minutes = '' if left!=left else f', about {left/60:.0f} minutes to go'
         tried = f'; {self.open} more to choose among tried values' if self.open else ''
-        return f'{self.name}: {s.runs.sum()} steps, {s.done.sum()} of them done{left}{tried}'
-    def __str__(self):
-        steps = self.steps.to_string(index=False, na_rep='', float_format=lambda v: f'{v:.3g}')
-        return f'{self.arms.to_string(index=False)}\n\n{steps}\n\n{self!r}'
-    def _repr_html_(self):
-        return self.arms.to_html(index=False)+self.steps.to_html(index=False, na_rep='')+f'<p>{self!r}</p>'
+        return f'{s.runs.sum()} steps, {s.done.sum()} of them done{minutes}{tried}'
+    def __repr__(self):
+        tables = (o.to_string(index=False, na_rep='', float_format='{:.3g}'.format) for o in (self.arms, self.steps))
+        return '\n\n'.join([*tables, self.summary()])
+    def _repr_html_(self): return f'{self.arms.to_html(index=False)}{self.steps.to_html(index=False)}{self.summary()}'
 
 def forecast(
     design,  # `Design`
@@ -45,36 +39,28 @@ def forecast(
     ask=(),  # Questions (default: all)
 )->Forecast:
     "What a design would do, without doing any of it"
-    print_of,done = _known(out)
+    claimed = settings_in(out, 'study') if out is not None else None
+    folder = Path(out)/'steps' if claimed else Path('none')
+    done = {p.parent.name:finished(p.parent)['seconds'] for p in folder.glob('*/done.json')}
     def score(nodes):
-        if all(n.key in done for n in nodes): return [kept_value(Path(out)/'steps'/n.key, 'table') for n in nodes]
-    seen = given_tasks(design.validation) if design.validation else None
-    planner = Planner(design, roots(design, None, print_of), score, seen)
-    return _summed(design.name, planner.planned(asked_questions(questions_of(design), ask)), planner.open, done)
-
-def _known(out): # The teacher's fingerprint, and {key: seconds} of what is done
-    settings = settings_in(out, 'study') if out is not None else None
-    if settings is None: return 'unknown',{}
-    done = [p.parent for p in Path(out).glob('steps/*/done.json')]
-    return settings['fingerprint'],{p.name:finished(p)['seconds'] for p in done}
+        if all(n.key in done for n in nodes): return [kept_value(folder/n.key, 'table') for n in nodes]
+    planner = Planner(design, roots(design, None, (claimed or {}).get('fingerprint')), score)
+    return _summed(planner.planned(design.asked(ask)), planner.open, done)
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c006
-def _summed(name, planned, still_open, done): # The tables of a forecast
-    runs = [r for arms in planned.values() for rs in arms.values() for r in rs]
-    nodes = family([n for r in runs for n in r.ends]+still_open)
-    uses = pd.Series([k for r in runs for k in family(r.ends)]).value_counts()
-    steps = _by_step(pd.DataFrame([_step_row(n, done, uses) for n in nodes.values()]))
-    return Forecast(name, pd.DataFrame(list(_arm_rows(planned))), steps, len(still_open))
+def _summed(planned, still_open, done): # The tables of a forecast
+    arms = [(q, a, runs) for q,of in planned.items() for a,runs in of.items()]
+    ends = [r.ends for *_,runs in arms for r in runs]
+    uses = pd.Series([k for o in ends for k in family(o)]).value_counts()
+    nodes = family([n for o in ends for n in o]+still_open)
+    rows = pd.DataFrame([_step_row(n, done, uses) for n in nodes.values()])
+    what = dict(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean'))
+    steps = rows.groupby(['step', 'function'], sort=False).agg(**what).reset_index().round(1)
+    return Forecast(pd.DataFrame([_arm_row(*o) for o in arms]), steps, len(still_open))
 
 def _step_row(node, done, uses):
     told = dict(done=node.key in done, uses=uses.get(node.key, 0), seconds=done.get(node.key))
     return dict(step=node.step.name, function=short_name(node.step.function), **told)
 
-def _by_step(rows):
-    what = dict(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean'))
-    return rows.groupby(['step', 'function'], sort=False).agg(**what).reset_index().round(1)
-
-def _arm_rows(planned):
-    for q,arms in planned.items():
-        for a,runs in arms.items():
-            yield dict(question=q, arm=a, students=len(runs), steps=' > '.join(s.name for s in runs[0].steps))
+def _arm_row(question, arm, runs):
+    return dict(question=question, arm=arm, students=len(runs), steps=' > '.join(s.name for s in runs[0].steps))

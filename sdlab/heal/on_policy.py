@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 
 import torch
-from ..core.data import completion_ids,context,prompt_ids
+from ..core.data import completion_ids,context,dataset_of,prompt_ids
 from ..core.model import LM
 from ..core.generate import Decoder,Decoding,seed_number
 from ..core.hooks import evaluating
@@ -129,14 +129,13 @@ class OnPolicy(Logits):
         super().check(student, rows)
 
     def examples(self, student, rows):
-        from datasets import Dataset
         room,rows = self.room(student),answered_by(rows, self.on) if self.share<1 else rows
         asked = [self.question(student.tokenizer, r, room) for r in rows]
         good = [o for o in asked if 0<len(o['prompt'])<room]
         gone = f'{len(asked)-len(good)} of {len(asked)} prompts left no room for an answer'
         if not good: raise ValueError(f'{gone} in {room} tokens: shorten them or raise max_length.')
         if len(good)<len(asked): warnings.warn(f'{gone} and were dropped.', stacklevel=5)
-        return Dataset.from_list(good)
+        return dataset_of(good)
 
     def question(self, tok, row, room):
         "A question as ids, with its row's own answer, as far as there is room, if that will be learned from"

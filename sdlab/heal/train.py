@@ -490,9 +490,10 @@ def _prepared(method, student, rows, learn, run, evaluation):
     return Training(method, student, rows, learn, run, evaluation, examples, held, zeros)
 
 def _trained(job, folder):
-    trainer = job.trainer(folder)
+    "The run itself; its facts are taken first, since PEFT fills in its config meanwhile"
+    facts,trainer = job.facts,job.trainer(folder)
     with holding_zeros(trainer.network(), job.zeros): step = trainer.run()
-    facts = as_json(job.facts | trainer.outcome(step) | dict(versions=versions('trl','peft')))
+    facts = as_json(facts | trainer.outcome(step) | dict(versions=versions('trl','peft')))
     healed = job.healed(_network(job, gathered(trainer.model)), facts)
     if trainer.lasting and trainer.args.should_save: _keep(healed, folder, job, facts)
     trainer.accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from ..core.plan import Plan
 from ..core.plot import COLORS,axes_or_new,bars,literal
 from ..core.data import dataset_of,context,prompt_ids
 from ..core.data import rows as read_rows
-from ..core.generate import generate
+from ..core.generate import Decoding,generate
 from ..core.answers import check_rule
 from ..measure.text import aligned,likelihood_steps,rouge_l
 from ..core.units import without
@@ -219,7 +219,8 @@ class _RowNumbers:
         "Answer one question per group of rows; one that leaves no room in the context stays without"
         ids,room = [prompt_ids(lm.tokenizer, self.rows[g[0]]['prompt']) for g in groups],context(lm) or 10**9
         fits = [j for j,o in enumerate(ids) if len(o)<room]
-        for j,said in zip(fits, generate(lm, [ids[j] for j in fits], max_new_tokens, batch_size=size) if fits else []):
+        decoding = Decoding(max_new_tokens, batch_size=size)
+        for j,said in zip(fits, generate(lm, [ids[j] for j in fits], decoding) if fits else []):
             for i in groups[j]: self._said(i, str(said))
     def _said(self, i, said):
         self.answers[i] = said

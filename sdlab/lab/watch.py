@@ -38,7 +38,8 @@ class _RunRecord:
 
     def add(self, kind, arm, step=0, **more):
         line = dict(kind=kind, arm=arm, step=step, **more, t=round(time.time(), 3))
-        if self.log.file is not None: return self.log.append([line])
+        file = getattr(self.log, 'file', None)
+        if file is not None and not file.closed: return self.log.append([line])
         with self.log: self.log.append([line])
 
     def events(self):
@@ -328,7 +329,7 @@ class _Training:
 
     def _begin(self, name, place):
         at = (last_checkpoint(place/'run') or [0])[0]
-        for p in (place/'snapshots').glob('frame-*.safetensors'):
+        for p in (place/'snapshots').glob('snapshot-*.safetensors'):
             if int(p.name.split('-')[1])>at or not at: p.unlink()
         self._record.add('begin', name, at or -1)
         self._evaluated,self.doing = None,f'{name}: getting ready'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['deal', 'picks', 'span_table', 'rank_agreement', 'iterative', 'exact', 'one_shot_or_iterative', 'BlockStudy',
-           'scores_of_draw', 'block_study']
+           'block_study']
 
 # %% ../../nbs/measure/04_agree.ipynb #c002
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from ..core.data import rows
 from ..core.plan import Plan
 from ..core.plot import literal,axes_or_new
 from ..core.stats import rank_correlation
-from .scan import progress_bar
-from .scores import MEASURES,Scores,measured
-from .importance import deepest
 from ..core.units import without
+from .scan import progress_bar
+from .scores import MEASURES,Scores,measured,require_count,span_sizes
+from .importance import deepest
 from .exact import ExactLoss
 
 # %% ../../nbs/measure/04_agree.ipynb #c005
@@ -33,27 +33,18 @@ def deal(
     return [ds.select(part.tolist()) for part in order.view(k, -1)]
 
 def _several(scores):
-    "{measure: Scores, or several} -> {measure: tuple of Scores}, all of one model"
+    "{measure: Scores, or several} -> {measure: tuple of Scores}, all of one model, and its number of blocks"
     out = {k:(v,) if isinstance(v, Scores) else tuple(v) for k,v in scores.items()}
     for k,v in out.items():
-        if not v or any(not isinstance(s, Scores) for s in v):
+        if not v or not all(isinstance(s, Scores) for s in v):
             raise TypeError(f'{k!r} is not `Scores`, as distances, importance or quality give them, nor a list of those')
-    for k,s in ((k, s) for k,v in out.items() for s in v):
-        if s.part=='block': continue
-        raise ValueError(f'{k!r} scores {s.what}, and these tables are about whole blocks: measure without `part`')
+        parts = [s.what for s in v if s.part!='block']
+        if parts: raise ValueError(f'{k!r} scores {parts[0]}, and these tables are about whole blocks: measure without `part`')
     depths = sorted({s.L for v in out.values() for s in v})
-    if len(depths)==1: return out
+    if len(depths)==1: return out,depths[0]
     raise ValueError(f'These scores are of models of {", ".join(map(str, depths))} blocks: compare measures of one model')
 
-def _depth(scores): return next(iter(scores.values()))[0].L
-
-def _sizes(sizes, L):
-    "Sizes of cuts of a model of `L` blocks, in order"
-    out = sorted(range(1, L//2+1) if sizes is None else sizes)
-    bad = [n for n in out if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<L]
-    if bad: raise ValueError(f'Cannot drop {bad[0]!r} of {L} blocks: sizes go from 1 to {L-1}')
-    if not out: raise ValueError('There are no sizes: `sizes` is empty')
-    return out
+def _up_to_half(sizes, L): return span_sizes(range(1, L//2+1) if sizes is None else sizes, L)
 
 def picks(
     scores,     # {name of a measure: its `Scores`, or a list of them, one for each draw of texts}
@@ -61,9 +52,10 @@ def picks(
 ):              # `DataFrame`: `measure`, `draw`, `n` blocks, `drop` (their indices, a tuple as text)
     "Which blocks every measure would cut"
     import pandas as pd
-    scores = _several(scores)
-    sizes = _sizes(sizes, _depth(scores))
-    return pd.DataFrame([(k, d, n, str(s.best(n).drop)) for k,v in scores.items() for n in sizes for d,s in enumerate(v)], columns=['measure','draw','n','drop'])
+    scores,L = _several(scores)
+    sizes = _up_to_half(sizes, L)
+    rows = [(k, d, n, str(s.best(n).drop)) for k,v in scores.items() for n in sizes for d,s in enumerate(v)]
+    return pd.DataFrame(rows, columns=['measure','draw','n','drop'])
 
 # %% ../../nbs/measure/04_agree.ipynb #c013
 def span_table(
@@ -72,26 +64,29 @@ def span_table(
 ):              # `DataFrame`: `measure`, `draw`, `first`, `size`, `value`
     "What every measure says of every span; blocks are added up"
     import pandas as pd
-    scores = _several(scores)
-    L = _depth(scores)
-    sizes = _sizes(sizes, L)
-    at = [(n,l) for n in sizes for l in range(L+1-n)]
-    draws = [(k, d, s) for k,ss in scores.items() for d,s in enumerate(ss)]
-    rows = [(k, d, l, n, v) for k,d,s in draws for (n,l),v in zip(at, _values(s, sizes))]
+    scores,L = _several(scores)
+    sizes = _up_to_half(sizes, L)
+    at = [(l,n) for n in sizes for l in range(L+1-n)]
+    found = [(k, d, _values(s, sizes)) for k,v in scores.items() for d,s in enumerate(v)]
+    rows = [(k, d, *o, v) for k,d,values in found for o,v in zip(at, values)]
     return pd.DataFrame(rows, columns=['measure','draw','first','size','value'])
 
 def _values(s, sizes):
     "Values of all spans of these sizes, size by size, shape (spans,)"
-    m = s.spans().values
-    return np.concatenate([m[:s.L+1-n,n-1].numpy() for n in sizes])
+    s = s.spans()
+    return np.concatenate([s.of_size(n).numpy() for n in sizes])
 
-def _truth(table, value):
-    "(size, first) -> value, in order"
+def _truth(table, value, L):
+    "What came of each span, and its size and first block, each of shape (spans,)"
     missing = [c for c in ('first','size',value) if c not in table]
     if missing:
         needed = f'it needs first, size and {value}'
         raise ValueError(f'The table of what came of each span has no column {missing[0]!r}: {needed}')
-    return table.groupby(['size','first'])[value].mean().dropna()
+    truth = table.groupby(['size','first'])[value].mean().dropna().reset_index()
+    outside = truth[(truth['size']+truth['first']>L)|(truth['size']<1)|(truth['first']<0)]
+    for n,l in outside[['size','first']].values:
+        raise ValueError(f'The table holds a span of {n} blocks from {l}, which is outside a model of {L} blocks')
+    return [truth[k].to_numpy() for k in (value,'size','first')]
 
 def rank_agreement(
     scores,                 # {name of a measure: its `Scores`, or a list of them, one for each draw of texts}
@@ -103,19 +98,13 @@ def rank_agreement(
 ):                          # `DataFrame`: `measure`, `n` blocks (0: all, ranked within sizes), `rho` (1: the same order), `low`, `high`, `spans`, `draws`
     "Does each measure put the spans in the order of what comes of cutting them?"
     import pandas as pd
-    truth,scores = _truth(table, value),_several(scores)
-    keys = list(truth.index)
-    L = _depth(scores)
-    outside = [(n, l) for n,l in keys if n+l>L or n<1 or l<0]
-    if outside:
-        n,l = outside[0]
-        raise ValueError(f'The table holds a span of {n} blocks from {l}, which is outside a model of {L} blocks')
-    y,sizes = truth.to_numpy()*(-1 if higher_is_better else 1),np.array([n for n,_ in keys])
-    def values(s): return [s.spans().values[l,n-1].item() for n,l in keys]
-    x = {k:np.array([values(s) for s in v]) for k,v in scores.items()}
+    scores,L = _several(scores)
+    y,sizes,first = _truth(table, value, L)
+    if higher_is_better: y = -y
+    x = {k:np.array([s.spans().values[first,sizes-1].numpy() for s in v]) for k,v in scores.items()}
     return pd.DataFrame([r for k,v in x.items() for r in _by_size(k, v, y, sizes, draws, seed)])
 
-def _by_size(name, x, y, sizes, draws=2000, seed=0):
+def _by_size(name, x, y, sizes, draws, seed):
     "One row for each size with 3 spans or more that are known, and one for all of them"
     known = ~np.isnan(x).any(0)
     for n in [*np.unique(sizes), 0]:
@@ -132,21 +121,26 @@ def iterative(
     step=1,  # Blocks to cut before measuring again
 )->Plan:     # In the numbers of `lm`; `evidence['rounds']` has what went when, and why
     "Cut a little, measure again, cut a little more"
-    if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<lm.n: raise ValueError(f'Cannot drop {n!r} of {lm.n} blocks: a number from 1 to {lm.n-1} is needed')
-    if isinstance(step, bool) or not isinstance(step, int) or step<1: raise ValueError(f'`step` is how many blocks go before measuring again, at least 1, not {step!r}')
+    require_count(n, lm.n)
+    if isinstance(step, bool) or not isinstance(step, int) or step<1:
+        raise ValueError(f'`step` is how many blocks go before measuring again, at least 1, not {step!r}')
     gone,rounds = (),[]
     while len(gone)<n:
         now = _next(lm, gone, measure, min(step, n-len(gone)))
         rounds.append(dict(drop=list(now.drop), why=now.why))
         gone += now.drop
-    return Plan(lm.n, gone, why=f'{now.evidence["metric"]}, {step} at a time', evidence=dict(metric=now.evidence['metric'], step=step, rounds=rounds))
+    metric = now.evidence['metric']
+    return Plan(lm.n, gone, why=f'{metric}, {step} at a time', evidence=dict(metric=metric, step=step, rounds=rounds))
 
 def _next(lm, gone, measure, n):
     "What goes next, a plan in the numbers of `lm`"
     was = Plan(lm.n, gone)
     s = measure(without(lm, was))
-    if not isinstance(s, Scores): raise TypeError(f'`measure` must give Scores, as distances or importance do, not {type(s).__name__}: pass a function such as lambda m: distances(m, batches)')
-    if s.part!='block' or s.L!=len(was.keep): raise ValueError(f'`measure` must score the {len(was.keep)} blocks that are left, not {s.L} {s.what}')
+    if not isinstance(s, Scores):
+        instead = 'pass a function such as lambda m: distances(m, batches)'
+        raise TypeError(f'`measure` must give Scores, as distances or importance do, not {type(s).__name__}: {instead}')
+    if s.part!='block' or s.L!=len(was.keep):
+        raise ValueError(f'`measure` must score the {len(was.keep)} blocks that are left, not {s.L} {s.what}')
     plan = s.best(n)
     return Plan(lm.n, [was.keep[i] for i in plan.drop], why=plan.why, evidence=dict(metric=s.metric))
 
@@ -162,7 +156,7 @@ def exact(
         keep = [lm.kept.index(i) for i in view.kept]
         got = [trial(Plan(lm.n, set(range(lm.n))-{*keep}|{i})) for i in keep]
         v,e = (torch.tensor([o[k] for o in got], dtype=torch.float64) for k in (by,f'{by}_stderr'))
-        return Scores(dict(kl='divergence', loss='loss')[by]+' after the cut', v, e, trial.texts, view.kept)
+        return Scores(f'{"divergence" if by=="kl" else by} after the cut', v, e, trial.texts, view.kept)
     return measure
 
 # %% ../../nbs/measure/04_agree.ipynb #c021
@@ -174,16 +168,15 @@ def one_shot_or_iterative(
 ):              # `DataFrame`: `measure`, `how`, `n`, `drop`, and `loss`, `kl` with standard errors, in nats per token on `held`
     "Each measure used once for all blocks, and again after every block: what is cut, and what it costs before healing"
     import pandas as pd
-    sizes,out = _sizes(sizes, lm.n),[]
+    sizes,out = _up_to_half(sizes, lm.n),[]
     trial = ExactLoss(lm, held)
     for k,measure in measures.items():
         once = measure(lm)
         again = iterative(lm, sizes[-1], lambda m: once if m.n==lm.n else measure(m)).evidence['rounds']
-        cuts = [('one-shot', n, once.best(n).drop) for n in sizes]+[('iterative', n, sum((tuple(o['drop']) for o in again[:n]), ())) for n in sizes]
-        out += [dict(measure=k, how=how, n=n, drop=str(tuple(sorted(drop))), **_cost(trial, Plan(lm.n, drop))) for how,n,drop in cuts]
-    return pd.DataFrame(out)
-
-def _cost(trial, plan): return {k:v for k,v in trial(plan).items() if k in ('loss','kl','loss_stderr','kl_stderr')}
+        plans = [('one-shot', once.best(n)) for n in sizes]
+        plans += [('iterative', Plan(lm.n, [i for o in again[:n] for i in o['drop']])) for n in sizes]
+        out += [dict(measure=k, how=how, n=len(p.drop), drop=str(p.drop), **trial(p)) for how,p in plans]
+    return pd.DataFrame(out)[['measure','how','n','drop','loss','kl','loss_stderr','kl_stderr']]
 
 # %% ../../nbs/measure/04_agree.ipynb #c026
 @dataclass(frozen=True, eq=False)
@@ -204,7 +197,8 @@ class BlockStudy:
         return span_table(self.scores, self.sizes)
     def costs(self):
         "What the picks cost: `measure`, `n`, `kinds` (different cuts picked over the draws), and the means over the draws of `loss`, `kl` and `place`"
-        return self.picks.groupby(['measure','n'], sort=False).agg(kinds=('drop','nunique'), loss=('loss','mean'), kl=('kl','mean'), place=('place','mean')).reset_index()
+        by = self.picks.groupby(['measure','n'], sort=False)
+        return by['drop'].nunique().to_frame('kinds').join(by[['loss','kl','place']].mean()).reset_index()
 
     def plot(
         self,
@@ -219,19 +213,23 @@ class BlockStudy:
             ax.errorbar(x, o.rho, yerr=(o.rho-o.low, o.high-o.rho), fmt='o', ms=4, lw=1.2, label=literal(k))
         ax.axhline(0, color='k', lw=.8)
         ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
-        what = dict(kl='divergence').get(target, target)
-        ax.set(**{'xlabel':'blocks cut', 'ylabel':f'rank correlation with the {what}', 'ylim':(-1.05,1.05), 'xticks':range(len(self.sizes)), 'xticklabels':self.sizes, 'title':literal(self.model), **kwargs})
+        words = dict(xlabel='blocks cut', ylabel=f'rank correlation with the {"divergence" if target=="kl" else target}')
+        words |= dict(ylim=(-1.05,1.05), xticks=range(len(self.sizes)), xticklabels=self.sizes, title=literal(self.model))
+        ax.set(**words|kwargs)
         return ax
 
-    def __repr__(self): return f'BlockStudy of {self.model}: {len(self.scores)} measures, spans of {", ".join(map(str, self.sizes))} blocks, {len(self.texts)} draws of {self.texts[0]} texts'
+    def __repr__(self):
+        sizes = f'spans of {", ".join(map(str, self.sizes))} blocks'
+        return f'BlockStudy of {self.model}: {len(self.scores)} measures, {sizes}, {len(self.texts)} draws of {self.texts[0]} texts'
     def _repr_markdown_(self):
-        t = self.agreement[self.agreement.n==0]
-        cells = t.assign(v=[f'{r:.2f} [{a:.2f}, {b:.2f}]' for r,a,b in zip(t.rho, t.low, t.high)]).pivot(index='measure', columns='target', values='v')
-        lines = [f'| {k} | {cells.loss[k]} | {cells.kl[k]} |' for k in self.scores]
-        return '\n'.join([f'**{self!r}**', '', 'Rank correlation within each size, 95 % interval, with what the cut costs on the texts of the other draws:', '', '| measure | loss | KL |', '|---|---|---|', *lines])
+        at = self.agreement[self.agreement.n==0].set_index(['measure','target'])
+        def cell(k, target): return '{:.2f} [{:.2f}, {:.2f}]'.format(*at.loc[(k,target),['rho','low','high']])
+        lines = [f'| {k} | {cell(k, "loss")} | {cell(k, "kl")} |' for k in self.scores]
+        what = 'Rank correlation within each size, 95 % interval, with what the cut costs on the texts of the other draws:'
+        return '\n'.join([f'**{self!r}**', '', what, '', '| measure | loss | KL |', '|---|---|---|', *lines])
 
 # %% ../../nbs/measure/04_agree.ipynb #c027
-def scores_of_draw(lm, bs, sizes, draw, more):
+def _scores_of_draw(lm, bs, sizes, draw, more):
     "{measure: Scores} on one draw of texts; what is not ours comes first, since it may be wrong, and the exact quality is dear"
     theirs = {k:f(lm, bs) for k,f in more.items()}
     if theirs: _several({k:[o] for k,o in theirs.items()}|{'deepest':deepest(lm)})
@@ -248,31 +246,34 @@ def _require_apart(draws):
     if len(draws)<2:
         why = 'a study needs two at least, since the truth for one is measured on the others; deal(rows, 4) makes four'
         raise ValueError(f'There is {len(draws)} draw of texts: {why}')
+    texts = [(d, tuple(ids[m].tolist())) for d,bs in enumerate(draws) for b in bs for ids,m in zip(b['input_ids'], b['attention_mask'].bool())]
     seen = {}
-    for d,bs in enumerate(draws):
-        for b in bs:
-            for ids,m in zip(b['input_ids'].tolist(), b['attention_mask'].tolist()):
-                text = tuple(i for i,real in zip(ids, m) if real)
-                if seen.setdefault(text, d)==d: continue
-                raise ValueError(f'Draws {seen[text]} and {d} share a text: deal(rows, {len(draws)}) makes draws that share none')
+    for d,text in texts:
+        if seen.setdefault(text, d)==d: continue
+        raise ValueError(f'Draws {seen[text]} and {d} share a text: deal(rows, {len(draws)}) makes draws that share none')
 
 def _others(per_draw): return (per_draw.sum(0)-per_draw)/(len(per_draw)-1) # for each draw the mean over all others
 
+def _gap_costs(lm, draws, gaps, progress):
+    "What cuts with gaps cost on each draw, {'loss', 'kl': shape (draws, cuts)}"
+    out = dict(loss=[], kl=[])
+    for bs in progress_bar(draws if gaps else (), progress):
+        trial = ExactLoss(lm, bs)
+        got = [trial(Plan(lm.n, c)) for c in gaps]
+        for k,v in out.items(): v.append([o[k] for o in got])
+    return {k:np.reshape(v, (len(draws), len(gaps))) for k,v in out.items()}
+
 def _priced(lm, draws, table, true, sizes, progress):
     "`table` of picks with what they cost on the other draws"
-    at = {tuple(range(l, l+n)):i for i,(n,l) in enumerate((n,l) for n in sizes for l in range(lm.n+1-n))}
     cuts = [tuple(map(int, o.strip('(),').split(','))) for o in table['drop']]
-    gaps,cost = sorted({c for c in cuts if c not in at}),dict(loss={}, kl={})
-    for e,bs in progress_bar(list(enumerate(draws if gaps else ())), progress):
-        trial = ExactLoss(lm, bs)
-        for c in gaps:
-            got = trial(Plan(lm.n, c))
-            for k in cost: cost[k][c,e] = got[k]
-    D,mean = len(draws),{k:_others(v) for k,v in true.items()}
-    def of(k, c, d): return mean[k][d,at[c]] if c in at else np.mean([cost[k][c,e] for e in range(D) if e!=d])
-    price = {k:[of(k, c, d) for c,d in zip(cuts, table.draw)] for k in cost}
-    rivals = lambda c, d: [mean['kl'][d,i] for o,i in at.items() if len(o)==len(c)]
-    return table.assign(**price, place=[1+sum(v<p for v in rivals(c, d)) for c,d,p in zip(cuts, table.draw, price['kl'])])
+    spans = [tuple(range(l, l+n)) for n in sizes for l in range(lm.n+1-n)]
+    gaps = sorted({*cuts}-{*spans})
+    more = _gap_costs(lm, draws, gaps, progress)
+    mean = {k:_others(np.hstack([v, more[k]])) for k,v in true.items()}
+    at = [(d, [*spans, *gaps].index(c)) for c,d in zip(cuts, table.draw)]
+    of_size = {n:[i for i,c in enumerate(spans) if len(c)==n] for n in sizes}
+    place = [1+(mean['kl'][d,of_size[n]]<mean['kl'][d,i]).sum() for (d,i),n in zip(at, table.n)]
+    return table.assign(**{k:[v[o] for o in at] for k,v in mean.items()}, place=place)
 
 def block_study(
     lm,             # The model, an `LM`; left as it was found
@@ -287,14 +288,13 @@ def block_study(
 
     Measures are those of `MEASURES` that score blocks or their spans. The truth for one draw is the exact quality on the
     texts of all others. It costs one `quality` per draw, and little else."""
-    sizes,draws = tuple(_sizes(sizes, lm.n)),[list(o) for o in draws]
-    more = measures or {}
+    sizes,draws,more = _up_to_half(sizes, lm.n),[list(o) for o in draws],measures or {}
     _require_apart(draws)
     _require_new_names(more)
-    per = [scores_of_draw(lm, bs, sizes, d, more) for d,bs in enumerate(progress_bar(draws, progress))]
-    scores = _several({k:[o[k] for o in per] for k in per[0]})
+    per = [_scores_of_draw(lm, bs, sizes, d, more) for d,bs in enumerate(progress_bar(draws, progress))]
+    scores,L = _several({k:[o[k] for o in per] for k in per[0]})
     x = {k:np.stack([_values(s, sizes) for s in v]) for k,v in scores.items()}
-    true,at = dict(loss=x['exact loss'], kl=x['exact KL']),np.concatenate([[n]*(lm.n+1-n) for n in sizes])
+    true,at = dict(loss=x['exact loss'], kl=x['exact KL']),np.repeat(sizes, [L+1-n for n in sizes])
     chosen = _priced(lm, draws, picks(scores, sizes), true, sizes, progress)
     texts = tuple(sum(len(b['input_ids']) for b in bs) for bs in draws)
     return BlockStudy(scores, sizes, chosen, _agreement(x, true, at, samples, seed), texts, lm.name)

@@ -196,7 +196,7 @@ class CKA:
         "CKA of each layer of the student with the same place in the teacher, shape (A,); NaN where it has none"
         at = {l:j for j,l in enumerate(self.teacher_layers)}
         found = [self.matrix[i,at[l]].item() if l in at else math.nan for i,l in enumerate(self.student_layers)]
-        return torch.tensor(found).double()
+        return torch.tensor(found, dtype=torch.float64)
 
     @property
     def full(self):
@@ -232,9 +232,10 @@ class CKA:
         return f'CKA of {self.student} with {self.teacher}: {size}, {self.n} {self.examples} in {len(self.groups)} groups{at}{how}'
     def _repr_markdown_(self):
         cells = ['' if v!=v else f'{v:.2f}' for v in self.diagonal.tolist()]
-        table = [['layer', *map(str, self.student_layers)], ['---']*(len(cells)+1), ['same place in both', *cells]]
-        lines = [f'| {" | ".join(o)} |' for o in table]
-        return '\n'.join([f'**{self!r}**', '', *lines, '', *(f'{o}.' for o in self.blank)])
+        rows = [['layer', *map(str, self.student_layers)], ['same place in both', *cells]]
+        head,values = (f'| {" | ".join(o)} |' for o in rows)
+        lines = [f'**{self!r}**', '', head, '|---'*len(rows[0])+'|', values, '', *(f'{o}.' for o in self.blank)]
+        return '\n'.join(lines)
 
 # %% ../../nbs/measure/05_cka.ipynb #c038
 @dataclass(frozen=True, eq=False)
@@ -295,7 +296,7 @@ def _parts(clouds, how):
         if how.kernel=='rbf' and width is None: width = how.sigma*median_distance(x)
         yield _kernel(x, how.unbiased, width)
 
-def _read(lm, texts, made, batch_size):
+def _kernels_of(lm, texts, made, batch_size):
     "`Kernels` whose parts are made when asked for"
     if isinstance(lm, Kernels): return lm
     enc,how = encoded(lm, texts, end=False),made[1]                # the last token should be a word of the text
@@ -312,7 +313,7 @@ def kernels(
 )->Kernels:            # Stands in for the model in `cka`
     "What `lm` contributes to its CKA with any other model"
     how,texts,parts,kept = CKASettings(**settings),rows(source),[],[]
-    found = _read(lm, texts, (fingerprint(texts),how), batch_size)
+    found = _kernels_of(lm, texts, (fingerprint(texts),how), batch_size)
     for k in found.parts:
         parts.append(replace(k, rows=k.rows.cpu(), points=None))
         if points: kept.append(k.points.cpu())
@@ -364,7 +365,7 @@ def cka(
     "CKA of every layer of one model with every layer of the other (Kornblith et al. 1905.00414, with Song's unbiased HSIC)"
     how,texts = CKASettings(**settings),rows(source)
     made = (fingerprint(texts),how)
-    both = a,b = [_read(o, texts, made, batch_size) for o in (student,teacher)]
+    both = a,b = [_kernels_of(o, texts, made, batch_size) for o in (student,teacher)]
     _require_comparable(a, b, made)
     total,seen = _summed(a, b, how.unbiased)
     (x,why),(y,why_too) = map(_blank_layers, both, seen, (total.xx,total.yy))

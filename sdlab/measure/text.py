@@ -7,34 +7,35 @@ __all__ = ['likelihood_steps', 'likelihood', 'word_list', 'rouge_l', 'aligned', 
 
 # %% ../../nbs/measure/07_text.ipynb #c002
 import difflib,re,warnings
-import torch
-from ..core.data import collate,context,encode
+from ..core.data import context,encode,in_length_order
 from ..core.data import rows as read_rows
-from .scan import Likelihood,scan
+from .scan import Likelihood,scan_rows
 
 # %% ../../nbs/measure/07_text.ipynb #c005
-def _told(ds, on):
+def _as_asked(ds, on):
     "Every row as what `encode` reads, its column `on` being the answer"
     if 'prompt' not in ds.column_names and on in ('completion', 'text'): return [dict(text=t) for t in ds['text']]
-    if on not in ds.column_names: raise ValueError(f"There is no column {on!r} whose likelihood could be measured: the rows have {', '.join(ds.column_names)}.")
+    if on not in ds.column_names:
+        there = ', '.join(ds.column_names)
+        raise ValueError(f'There is no column {on!r} whose likelihood could be measured: the rows have {there}.')
     ended = ds['ended'] if on=='completion' and 'ended' in ds.column_names else [None]*len(ds)
     return [dict(prompt=p, completion=t or '', ended=e) for p,t,e in zip(ds['prompt'], ds[on], ended)]
 
-def _encoded(lm, source, on):
+def _fitting(lm, source, on):
     "Ids of every row, cut to what the model can read, and whether that was all of it"
-    rs,n = [encode(lm.tokenizer, r) for r in _told(read_rows(source, empty='raise'), on)],context(lm)
+    rs,n = [encode(lm.tokenizer, r) for r in _as_asked(read_rows(source, empty='raise'), on)],context(lm)
     whole = [n is None or len(r['input_ids'])<=n for r in rs]
-    if not all(whole): warnings.warn(f'{whole.count(False)} of {len(rs)} rows are longer than {n} tokens: only what fits is measured, and nothing where the prompt alone fills it.', stacklevel=3)
+    only = 'only what fits is measured, and nothing where the prompt alone fills it'
+    if not all(whole): warnings.warn(f'{whole.count(False)} of {len(rs)} rows are longer than {n} tokens: {only}.', stacklevel=3)
     return [{k:v[:n] for k,v in r.items()} for r in rs],whole
 
-def _measured(lm, rs, whole, order, size):
-    "The rows `order` of `rs` in one scan"
+def _measured(lm, rs, whole, some, size):
+    "The rows `some` of `rs` in one scan"
     import pandas as pd
-    parts = [order[a:a+size] for a in range(0, len(order), size)]
-    got, = scan(lm, ({**collate(lm.tokenizer, [rs[i] for i in part]), 'row':torch.tensor(part)} for part in parts), Likelihood())
-    df = pd.DataFrame(dict(nll=got['nll'], tokens=got['tokens']), index=order)
+    nll,tokens = scan_rows(lm, rs, Likelihood(), size, some).T
+    df = pd.DataFrame(dict(nll=nll, tokens=tokens.long()), index=some)
     df['nll'] = df.nll.where(df.tokens>0)
-    return df.assign(nats_per_token=df.nll/df.tokens, whole=[whole[i] for i in order])
+    return df.assign(nats_per_token=df.nll/df.tokens, whole=[whole[i] for i in some])
 
 # %% ../../nbs/measure/07_text.ipynb #c006
 def likelihood_steps(
@@ -44,11 +45,11 @@ def likelihood_steps(
     batch_size=32,   # Rows at once
 ):                   # Generator of (rows done, rows in all, what `likelihood` says of the rows of this step, indexed by row)
     "`likelihood` batch by batch, the longest rows first, for work that shows how far it is and may be left at any point"
-    rs,whole = _encoded(lm, rows, on)
-    order = sorted(range(len(rs)), key=lambda i: -len(rs[i]['input_ids']))
+    rs,whole = _fitting(lm, rows, on)
+    order = in_length_order([len(r['input_ids']) for r in rs])
     for a in range(0, len(rs), batch_size):
-        part = order[a:a+batch_size]
-        yield a+len(part), len(rs), _measured(lm, rs, whole, part, batch_size)
+        some = order[a:a+batch_size]
+        yield a+len(some), len(rs), _measured(lm, rs, whole, some, batch_size)
 
 def likelihood(
     lm,              # `LM`, left as it is
@@ -57,9 +58,8 @@ def likelihood(
     batch_size=32,   # Rows at once; changes the time and not the numbers
 )->'DataFrame':      # A row per row, in order: `nll` (nats), `tokens` (that count), `nats_per_token` (NaN if none counts), `whole` (did it fit the context?)
     "How much each text surprises `lm`, in the very ids that a student would learn"
-    rs,whole = _encoded(lm, rows, on)
-    order = sorted(range(len(rs)), key=lambda i: -len(rs[i]['input_ids']))
-    return _measured(lm, rs, whole, order, batch_size).sort_index()
+    rs,whole = _fitting(lm, rows, on)
+    return _measured(lm, rs, whole, range(len(rs)), batch_size)
 
 # %% ../../nbs/measure/07_text.ipynb #c015
 _HAN = '\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff' # written without spaces: each character is a word

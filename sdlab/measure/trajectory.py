@@ -6,13 +6,15 @@
 __all__ = ['METHODS', 'Snapshot', 'Tracker', 'keep_snapshot', 'read_snapshots', 'procrustes', 'Projection', 'project']
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c002
-import hashlib,json,os
-from dataclasses import dataclass,fields
+import hashlib,json
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+import numpy as np
 import torch
 from ..core.data import rows,plain_text
 from ..core.plot import color_of,literal,axes_or_new
+from ..core.store import replacing
 from .cka import CKA,cka,kernels
 from .scan import as_double
 
@@ -27,14 +29,17 @@ class Snapshot:
     texts:tuple=()           # How each text begins, for people
 
     def __post_init__(self):
-        want = (len(self.cka.student_layers), self.cka.n)
-        if self.points is not None and tuple(self.points.shape[:2])!=want: raise ValueError(f'The points of a frame have shape (layers, texts, width): expected {want[0]} layers x {want[1]} texts, not {tuple(self.points.shape)}')
+        want = len(self.layers),self.cka.n
+        if self.points is None or tuple(self.points.shape[:2])==want: return
+        expected = f'expected {want[0]} layers x {want[1]} texts, not {tuple(self.points.shape)}'
+        raise ValueError(f'The points of a snapshot have shape (layers, texts, width): {expected}')
 
     @property
     def anchor(self): return self.step<0
-
     @property
     def layers(self): return self.cka.student_layers
+    @property
+    def title(self): return f'{self.name or self.cka.student}, '+('the teacher' if self.anchor else f'step {self.step}')
 
     def frame(self):
         "One row per pair of layers: `name`, `step`, `student`, `teacher`, `cka`, `n` texts"
@@ -46,18 +51,18 @@ class Snapshot:
         **kwargs  # Passed to `ax.set`
     ):            # The axes
         "Its CKA with the teacher, as a map"
-        return self.cka.plot(ax=ax, **({'title':literal(_said(self))}|kwargs))
+        return self.cka.plot(ax=ax, **dict(title=literal(self.title))|kwargs)
 
-    def __repr__(self): return f'{_said(self)}: {self.cka!r}, {"no points" if self.points is None else f"points of width {self.points.shape[-1]}"}'
-    def _repr_markdown_(self): return f'**{escape(_said(self))}**\n\n{self.cka._repr_markdown_()}'
-
-def _said(f): return f'{f.name or f.cka.student}, '+('the teacher' if f.anchor else f'step {f.step}')
+    def __repr__(self):
+        points = 'no points' if self.points is None else f'points of width {self.points.shape[-1]}'
+        return f'{self.title}: {self.cka!r}, {points}'
+    def _repr_markdown_(self): return f'**{escape(self.title)}**\n\n{self.cka._repr_markdown_()}'
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c007
-def _opening(row, n=80):
+def _text_start(row, n=80):
     "How a text begins"
-    said = row if isinstance(row, str) else ' '.join(plain_text(row[k]) for k in ('prompt','completion','text') if row.get(k))
-    return ' '.join(said.split())[:n]
+    text = row if isinstance(row, str) else ' '.join(plain_text(row[k]) for k in ('prompt','completion','text') if row.get(k))
+    return ' '.join(text.split())[:n]
 
 class Tracker:
     "Looks at students with the eyes of their teacher"
@@ -72,13 +77,15 @@ class Tracker:
         batch_size=32, # Texts run at once; does not enter the result
     ):
         self._texts,self._how = rows(texts),dict(pool=pool, group=group, seed=seed, batch_size=batch_size)
-        self.points,self.texts = points,tuple(_opening(o) for o in self._texts)
-        self._teacher = kernels(teacher, self._texts, points=points, **self._how)
+        self.points,self.texts = points,tuple(map(_text_start, self._texts))
+        self._teacher = self._kernels(teacher)
 
-    def _frame(self, seen, step, name): return Snapshot(step, cka(seen, self._teacher, self._texts, **self._how), seen.points, name, self.texts)
+    def _kernels(self, lm): return kernels(lm, self._texts, points=self.points, **self._how)
+    def _snapshot(self, seen, step, name):
+        return Snapshot(step, cka(seen, self._teacher, self._texts, **self._how), seen.points, name, self.texts)
 
     @property
-    def teacher(self): return self._frame(self._teacher, -1, self._teacher.name) # The frame of the teacher itself
+    def teacher(self): return self._snapshot(self._teacher, -1, self._teacher.name) # of the teacher itself
 
     def __call__(
         self,
@@ -87,54 +94,44 @@ class Tracker:
         name='', # What to call it (default: the student's name)
     )->Snapshot:
         "One pass of `student` through the texts"
-        return self._frame(kernels(student, self._texts, points=self.points, **self._how), step, name or student.name)
+        return self._snapshot(self._kernels(student), step, name or student.name)
 
     def __repr__(self): return f'Tracker on {len(self.texts)} texts, teacher {self._teacher.name}'
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c011
-_TENSORS = 'matrix','points'
-
-def _file(frame): return f"frame-{frame.step:07d}-{hashlib.blake2b(frame.name.encode(), digest_size=4).hexdigest()}.safetensors"
-
-def _header(frame):
-    "Everything of a frame that is no tensor, as JSON"
-    about = {f.name:getattr(frame.cka, f.name) for f in fields(CKA) if f.name!='matrix'}
-    return json.dumps(dict(format=1, step=frame.step, name=frame.name, texts=frame.texts, cka=about))
-
 def keep_snapshot(
-    frame:Snapshot, # What to keep
-    folder,      # Where; it is made if it is not there
-)->Path:         # The file
-    "A frame on disk, there whole or not at all"
+    snapshot:Snapshot, # What to keep
+    folder,            # Where; it is made if it is not there
+)->Path:               # The file
+    "A snapshot on disk, there whole or not at all"
     from safetensors.torch import save_file
-    folder = Path(folder)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f'{folder} cannot be made a folder of frames ({e.strerror}): give another one') from e
-    path,tensors = folder/_file(frame),dict(matrix=frame.cka.matrix)|({} if frame.points is None else dict(points=frame.points))
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.new')
-    try:
-        save_file({k:v.detach().cpu().contiguous() for k,v in tensors.items()}, tmp, metadata=dict(frame=_header(frame)))
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    s,about = snapshot,{k:v for k,v in vars(snapshot.cka).items() if k!='matrix'}
+    head = json.dumps(dict(format=1, step=s.step, name=s.name, texts=s.texts, cka=about))
+    mark = hashlib.blake2b(s.name.encode(), digest_size=4).hexdigest()
+    path = Path(folder)/f'snapshot-{s.step:07d}-{mark}.safetensors'
+    tensors = {k:v.cpu().contiguous() for k,v in dict(matrix=s.cka.matrix, points=s.points).items() if v is not None}
+    with replacing(path) as part: save_file(tensors, part, metadata=dict(snapshot=head))
     return path
 
 def _opened(path):
-    "The frame in a file"
+    "The snapshot in a file"
     from safetensors import SafetensorError,safe_open
     try:
-        with safe_open(path, 'pt') as f: about,got = json.loads(f.metadata()['frame']),{k:f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError,KeyError,TypeError,json.JSONDecodeError) as e: raise ValueError(f'{Path(path).name} is not a frame that `keep_snapshot` wrote ({type(e).__name__}): remove it, or look at the student again') from e
+        with safe_open(path, 'pt') as f: about,got = json.loads(f.metadata()['snapshot']),{k:f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError,KeyError,TypeError,json.JSONDecodeError) as e:
+        instead = f'({type(e).__name__}): remove it, or evaluate the student again'
+        raise ValueError(f'{path.name} is not a snapshot that `keep_snapshot` wrote {instead}') from e
     how = {k:tuple(v) if isinstance(v, list) else v for k,v in about['cka'].items()}
-    return Snapshot(about['step'], CKA(matrix=got['matrix'], **how), got.get('points'), about['name'], tuple(about['texts']))
+    return Snapshot(about['step'], CKA(got['matrix'], **how), got.get('points'), about['name'], tuple(about['texts']))
 
 def read_snapshots(
     folder, # Where `keep_snapshot` put them
 )->list:    # `Snapshot`s in the order of their steps, the teacher's first
     "The trajectory that a run left"
-    folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}: give the folder that `keep_snapshot` wrote to')
-    found = sorted((_opened(p) for p in folder.glob('frame-*.safetensors')), key=lambda f: (f.step, f.name))
-    if not found: raise FileNotFoundError(f'{folder} holds no frames: give the folder that `keep_snapshot` wrote to')
+    folder,give = Path(folder),'give the folder that `keep_snapshot` wrote to'
+    if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}: {give}')
+    found = sorted(map(_opened, folder.glob('snapshot-*.safetensors')), key=lambda s: (s.step, s.name))
+    if not found: raise FileNotFoundError(f'{folder} holds no snapshots: {give}')
     return found
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c016
@@ -163,11 +160,11 @@ def _main(x, k):
 def _scaled(x, start, seed):
     "Points in the plane at the distances of those of `x`, from `start` on"
     try: from sklearn.manifold import smacof
-    except ImportError as e: raise ImportError("method='mds' needs scikit-learn: pip install scikit-learn, or take method='pca'") from e
-    xy = smacof(torch.cdist(x, x).numpy(), n_components=2, init=start.numpy(), n_init=1, random_state=seed, normalized_stress=False)[0]
-    return _middle(torch.from_numpy(xy))
-
-def _middle(xy): return xy-xy.mean(0)
+    except ImportError as e:
+        raise ImportError("method='mds' needs scikit-learn: pip install scikit-learn, or take method='pca'") from e
+    how = dict(n_components=2, n_init=1, random_state=seed, normalized_stress=False)
+    xy = torch.from_numpy(smacof(torch.cdist(x, x).numpy(), init=start.numpy(), **how)[0])
+    return xy-xy.mean(0)
 
 def _stress(x, xy): return ((torch.pdist(x)-torch.pdist(xy)).square().sum()/torch.pdist(x).square().sum()).sqrt()
 
@@ -176,89 +173,99 @@ def _flat(clouds, at, method, seed, dims):
     k = max(2, min(dims, len(clouds[at])//8))
     xy = [_main(x, k) for x in clouds]
     xy = [procrustes(x, xy[at])[:,:2] for x in xy]
-    if method=='pca': return torch.stack(xy)
-    xy = [_scaled(*o, seed) for o in zip(clouds, xy)]
-    return torch.stack([procrustes(o, xy[at]) for o in xy])
+    if method=='mds':
+        xy = [_scaled(*o, seed) for o in zip(clouds, xy)]
+        xy = [procrustes(o, xy[at]) for o in xy]
+    return torch.stack(xy)
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c024
 @dataclass(frozen=True, eq=False)
 class Projection:
-    "The same texts at one layer in every frame, in one plane"
-    xy:torch.Tensor     # Shape (F, n, 2), float64; the unit is the root mean square distance of a frame's texts from their mean
-    steps:tuple         # Of each frame; -1 is the teacher
-    names:tuple         # Of the student in each frame
+    "The same texts at one layer in every snapshot, in one plane"
+    xy:torch.Tensor     # Shape (F, n, 2), float64; the unit is the root mean square distance of a snapshot's texts from their mean
+    steps:tuple         # Of each snapshot; -1 is the teacher
+    names:tuple         # Of the student in each snapshot
     layer:int           # In the teacher's numbers: the block that it enters; the last is the depth itself
     method:str          # 'pca' or 'mds'
-    anchor:int          # The frame on which all others are laid
-    shown:torch.Tensor  # Share of each frame's variance in the plane, shape (F,); NaN for 'mds'
-    stress:torch.Tensor # Kruskal's stress of each frame, shape (F,): 0 is a faithful map of distances, 0.2 a poor one
+    anchor:int          # The snapshot on which all others are laid
+    shown:torch.Tensor  # Share of each snapshot's variance in the plane, shape (F,); NaN for 'mds'
+    stress:torch.Tensor # Kruskal's stress of each snapshot, shape (F,): 0 is a faithful map of distances, 0.2 a poor one
     texts:tuple=()      # How each text begins
 
     @property
     def moved(self): return (self.xy-self.xy[self.anchor]).norm(dim=-1)  # Distance of each text from where the anchor has it, shape (F, n)
 
     def frame(self):
-        "One row per frame and text: `name`, `step`, `text`, `x`, `y`, `moved` (from where the anchor has it)"
+        "One row per snapshot and text: `name`, `step`, `text`, `x`, `y`, `moved` (from where the anchor has it)"
         import pandas as pd
         f,n = self.xy.shape[:2]
-        per = dict(name=self.names, step=self.steps)
-        return pd.DataFrame({k:[o for o in v for _ in range(n)] for k,v in per.items()}|dict(text=list(range(n))*f, x=self.xy[...,0].flatten(), y=self.xy[...,1].flatten(), moved=self.moved.flatten()))
+        x,y = self.xy.flatten(0, 1).T
+        about = dict(name=np.repeat(self.names, n), step=np.repeat(self.steps, n), text=[*range(n)]*f)
+        return pd.DataFrame(about|dict(x=x, y=y, moved=self.moved.flatten()))
 
     def plot(
         self,
-        at=-1,    # Which frame
+        at=-1,    # Which snapshot
         ax=None,  # Axes to draw on (default: a new figure)
         **kwargs  # Passed to `ax.set`
     ):            # The axes
-        "The texts of one frame, each with a line from where the anchor has it; all frames have the same scale"
+        "The texts of one snapshot, each with a line from where the anchor has it; all have the same scale"
         ax,a,b = axes_or_new(ax, w=3.6, h=3.6),self.xy[self.anchor],self.xy[at]
         for p,q in zip(a, b): ax.plot(*zip(p.tolist(), q.tolist()), color='#999999', lw=.6, zorder=1)
         ax.scatter(*a.T, s=26, facecolor='none', edgecolor=color_of('teacher'), lw=.8, label=literal(self.names[self.anchor]))
         ax.scatter(*b.T, s=12, color=color_of(self.names[at], '#0072b2'), label=literal(f'{self.names[at]}, step {self.steps[at]}'))
-        r = 1.05*self.xy.abs().max().item()
-        ax.set(**(dict(xlim=(-r,r), ylim=(-r,r), aspect='equal', xlabel=f'{self.method.upper()} 1', ylabel=f'{self.method.upper()} 2', title=f'layer {self.layer}, {_lie(self, at)}')|kwargs))
+        r,axis = 1.05*self.xy.abs().max().item(),self.method.upper()
+        words = dict(xlabel=f'{axis} 1', ylabel=f'{axis} 2', title=f'layer {self.layer}, {self.faith(at)}')
+        ax.set(**dict(xlim=(-r,r), ylim=(-r,r), aspect='equal')|words|kwargs)
         return ax
 
-    def __repr__(self): return f'{self.method.upper()} of layer {self.layer}: {self.xy.shape[1]} texts in {len(self.xy)} frames, laid on {self.names[self.anchor]}; the last frame: {_lie(self, -1)}'
-
-def _lie(p, at):
-    "How much of frame `at` the picture cannot show, for people"
-    return f'{100*p.shown[at].item():.0f} % of variance' if p.method=='pca' else f'stress {p.stress[at].item():.2f}'
+    def faith(self, at): # what the picture of a snapshot shows of it, for people
+        return f'{100*self.shown[at].item():.0f} % of variance' if self.method=='pca' else f'stress {self.stress[at].item():.2f}'
+    def __repr__(self):
+        what = f'{self.method.upper()} of layer {self.layer}: {self.xy.shape[1]} texts in {len(self.xy)} snapshots'
+        return f'{what}, laid on {self.names[self.anchor]}; the last one: {self.faith(-1)}'
 
 # %% ../../nbs/measure/06_trajectory.ipynb #c026
 METHODS = ('pca', 'mds') # Ways into the plane
 
-def _together(frames):
-    "The frames, if one picture can show them"
-    if not (frames := list(frames)): raise ValueError('There are no frames to project: look at a student with a Tracker first')
-    if without := [f for f in frames if f.points is None]: raise ValueError(f'The frame "{_said(without[0])}" has no points: look again with Tracker(..., points=True)')
-    a = frames[0].cka
-    if bad := [f for f in frames if (f.cka.data,f.cka.pool,f.cka.n)!=(a.data,a.pool,a.n)]: raise ValueError(f'The frames "{_said(frames[0])}" and "{_said(bad[0])}" are of different texts, or of different points of them: use one Tracker for all')
-    if a.n<4: raise ValueError(f'A picture needs at least 4 texts, and there are only {a.n}')
-    return frames
+def _require_same_texts(snapshots):
+    "Raise unless one picture can show them"
+    if not snapshots: raise ValueError('There are no snapshots to project: take one with a Tracker first')
+    first = snapshots[0]
+    for s in snapshots:
+        if s.points is None: raise ValueError(f'The snapshot "{s.title}" has no points: take it with Tracker(..., points=True)')
+        if (s.cka.data,s.cka.pool,s.cka.n)==(first.cka.data,first.cka.pool,first.cka.n): continue
+        apart = 'are of different texts, or of different points of them: use one Tracker for all'
+        raise ValueError(f'The snapshots "{first.title}" and "{s.title}" {apart}')
+    if first.cka.n<4: raise ValueError(f'A picture needs at least 4 texts, and there are only {first.cka.n}')
 
-def _at(frame, layer):
-    "The points of one frame at a layer, given in the teacher's numbers"
-    depth = max(frame.layers)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0<=layer<=depth: raise ValueError(f'There is no layer {layer!r}: choose one from 0 to {depth}, or -1 for the last')
-    if layer not in frame.layers: raise ValueError(f'"{_said(frame)}" has lost layer {layer}: choose one of {", ".join(map(str, frame.layers))}')
-    x = frame.points[frame.layers.index(layer)]
-    if as_double(x).std(0).max()<=1e-6*as_double(x).abs().max(): raise ValueError(f'At layer {layer} "{_said(frame)}" has the same state for every text: choose another layer, or pool="mean"')
-    return x
+def _at(snapshot, layer):
+    "The points of one snapshot at a layer, given in the teacher's numbers"
+    s,depth = snapshot,max(snapshot.layers)
+    if isinstance(layer, bool) or layer not in range(depth+1):
+        raise ValueError(f'There is no layer {layer!r}: choose one from 0 to {depth}, or -1 for the last')
+    if layer not in s.layers: raise ValueError(f'"{s.title}" has lost layer {layer}: choose one of {", ".join(map(str, s.layers))}')
+    x = s.points[s.layers.index(layer)]
+    if as_double(x).std(0).max()>1e-6*as_double(x).abs().max(): return x
+    raise ValueError(f'At layer {layer} "{s.title}" has the same state for every text: choose another layer, or pool="mean"')
 
 def project(
-    frames,       # `Snapshot`s of the same texts; the teacher's, if it is among them, is what the others are laid on, else the first
+    snapshots,    # `Snapshot`s of the same texts; the teacher's, if it is among them, is what the others are laid on, else the first
     layer=-1,     # In the teacher's numbers, 0 to the depth; -1 for the last
     method='pca', # One of `METHODS`
     seed=0,       # Passed to scikit-learn; neither method leaves anything to chance
     dims=8,       # Widest directions in which clouds may be turned onto each other, one for eight texts at most
 )->Projection:
-    "The texts of every frame at one layer, laid onto each other in one plane"
+    "The texts of every snapshot at one layer, laid onto each other in one plane"
     if method not in METHODS: raise ValueError(f'There is no method {method!r}: choose one of {", ".join(METHODS)}')
-    frames = _together(frames)
-    layer = max(frames[0].layers) if layer==-1 else layer
-    clouds = [_cloud(_at(f, layer)) for f in frames]
-    at = next((i for i,f in enumerate(frames) if f.anchor), 0)
+    shots = list(snapshots)
+    _require_same_texts(shots)
+    layer = max(shots[0].layers) if layer==-1 else layer
+    clouds = [_cloud(_at(s, layer)) for s in shots]
+    at = next((i for i,s in enumerate(shots) if s.anchor), 0)
     xy = _flat(clouds, at, method, seed, dims)
-    shown = xy.square().sum((1,2))/len(clouds[0]) if method=='pca' else torch.full((len(xy),), float('nan'))
-    return Projection(xy, tuple(f.step for f in frames), tuple(f.name for f in frames), layer, method, at, shown, torch.stack([_stress(*o) for o in zip(clouds, xy)]), frames[at].texts)
+    shown = xy.square().sum((1,2))/len(clouds[0])
+    if method=='mds': shown *= float('nan')
+    steps,names = zip(*((s.step, s.name) for s in shots))
+    stress = torch.stack([_stress(*o) for o in zip(clouds, xy)])
+    return Projection(xy, steps, names, layer, method, at, shown, stress, shots[at].texts)
