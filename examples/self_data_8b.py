@@ -75,6 +75,7 @@ def study(a):
     from sdlab.judge.recovery import Recovery
     from sdlab.judge.score import score
     from sdlab.measure.importance import distances
+    from sdlab.heal.train import Run, Weights
     from sdlab.heal.tune import tune
     state = PartialState(cpu=a.cpu, timeout=timedelta(days=1))                 # a barrier may wait for hours
     rank, world, main = state.process_index, state.num_processes, state.is_main_process
@@ -107,7 +108,7 @@ def study(a):
     cut = stage(state, a.out/'2 cut', lambda f: prune_checkpoint(teacher, plan, f/'model'), alone=True)/'model'
 
     def data(f):
-        ds = rewrite(whole(), sides['train'], rule=rule, out=f/'ledger', max_new_tokens=a.max_new_tokens, progress=main)
+        ds = rewrite(whole(), sides['train'], rule=rule, decoding=a.max_new_tokens, out=f/'ledger', progress=main)
         if main: ds.to_json(f/'data.jsonl')
     stage(state, a.out/'3 data', data)
     learned = rows(a.out/'3 data'/'data.jsonl')
@@ -115,8 +116,9 @@ def study(a):
 
     def heal(f, on):
         student = load(cut, dtype=a.dtype) if fsdp else load(cut, **here)      # under FSDP from the CPU's memory, each process its part
-        tune(student, learned, on=on, out=f/'run', epochs=a.epochs, lr=a.lr, batch_size=a.batch_size, lora=a.lora or None, merge=not a.four_bit, progress=main,
-             **(dict(use_cpu=False) if fsdp else {}))
+        learn, run = Weights(lora=a.lora or None, merge=not a.four_bit), Run(f/'run', progress=main)
+        more = dict(use_cpu=False) if fsdp else {}
+        tune(student, learned, on=on, epochs=a.epochs, lr=a.lr, batch_size=a.batch_size, learn=learn, run=run, **more)
     for k, on in ARMS.items(): stage(state, a.out/f'4 {k}', lambda f: heal(f, on)); freed()
 
     def model(k):

@@ -24,6 +24,10 @@ def pytest_xdist_make_scheduler(config, log):
             return path if path.endswith(('test_browser.py', 'test_wheel.py')) else nodeid
     return Whole(config, log)
 
+def pytest_configure(config):
+    "Here and not in pytest.ini, which would import numpy before its threads are counted above"
+    config.addinivalue_line('filterwarnings', 'error::sdlab.core.store.OldKeyword')
+
 def pytest_collection_modifyitems(config, items):
     for o in items:
         if 'slow' in o.keywords and not config.getoption('--slow'): o.add_marker(pytest.mark.skip(reason='slow: asked for with --slow'))

@@ -134,6 +134,7 @@ class PowerFailure(BaseException):
     "The machine stopped here"
 
 
+NOBODY = 2**22+1             # a process that cannot be alive
 MAKES, REMOVES = ['replace', 'rename', 'mkdir', 'link', 'symlink'], ['unlink', 'remove', 'rmdir']
 
 
@@ -171,8 +172,11 @@ def broken_disk(after, error, names):
 def power_off(after):
     """The machine stops before change number `after` to the names on its disk, and all later ones fail as well.
 
-    Nothing tidies up after a power failure: a `finally` that tries meets the same end."""
-    with contextlib.suppress(PowerFailure), broken_disk(after, PowerFailure, MAKES+REMOVES) as done: yield done
+    Nothing tidies up after a power failure: a `finally` that tries meets the same end, and who wrote is gone."""
+    was, os.getpid = os.getpid, lambda: NOBODY
+    try:
+        with contextlib.suppress(PowerFailure), broken_disk(after, PowerFailure, MAKES+REMOVES) as done: yield done
+    finally: os.getpid = was
 
 
 @contextlib.contextmanager

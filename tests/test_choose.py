@@ -114,7 +114,7 @@ def test_a_study_shows_itself(lm, draws):
     assert (best>=0).all() and not s.picks.isna().any().any()
     for bad, what in (([], '0 draw'), (draws[:1], 'two at least'), ([draws[0], draws[1], draws[0]], 'Draws 0 and 2 share a text')):
         with pytest.raises(ValueError, match=what): block_study(lm, bad)
-    with pytest.raises(ValueError, match='sizes go from 1 to 5'): block_study(lm, draws, sizes=(6,))
+    with pytest.raises(ValueError, match='a number from 1 to 5'): block_study(lm, draws, sizes=(6,))
 
 
 def test_picks_of_one_and_of_many():
@@ -133,9 +133,9 @@ def test_refused_before_anything_is_measured(lm, draws, monkeypatch):
         with pytest.raises(ValueError, match="'half' scores attentions, and these tables are about whole blocks"): f()
     monkeypatch.setattr(agree, 'measured', dear), monkeypatch.setattr(agree, 'ExactLoss', dear)
     for sizes in ((0, 2), (3, 6), (2., 3)):
-        with pytest.raises(ValueError, match='sizes go from 1 to 5'): block_study(lm, draws, sizes=sizes)
-        with pytest.raises(ValueError, match='sizes go from 1 to 5'): one_shot_or_iterative(lm, {'deepest': dear}, draws[0], sizes=sizes)
-        with pytest.raises(ValueError, match='sizes go from 1 to 5'): picks({'deepest': deepest(6)}, sizes=sizes)
+        with pytest.raises(ValueError, match='a number from 1 to 5'): block_study(lm, draws, sizes=sizes)
+        with pytest.raises(ValueError, match='a number from 1 to 5'): one_shot_or_iterative(lm, {'deepest': dear}, draws[0], sizes=sizes)
+        with pytest.raises(ValueError, match='a number from 1 to 5'): picks({'deepest': deepest(6)}, sizes=sizes)
     with pytest.raises(ValueError, match='`sizes` is empty'): block_study(lm, draws, sizes=())
     for name in ('exact KL', 'random', 'block influence'):
         with pytest.raises(ValueError, match=f'called {name!r} is there already'): block_study(lm, draws, measures={name: dear})

@@ -80,7 +80,7 @@ def test_a_stop_inside_a_draft(llama):
     try:
         for student in (lm, noisy(lm)):
             for bonus in (draft, lambda *a, **kw: self_draft(lm, Plan(6, (4,)), *a[2:], **kw, bonus=False)):
-                d = bonus(student, lm, PROMPTS, k=5, max_new_tokens=NEW)
+                d = bonus(student, lm, PROMPTS, k=5, decoding=replace(DRAFTING, max_new_tokens=NEW))
                 assert d.texts == d.alone and d.ids[1] == said[:said.index(end)+1]
                 assert d.rounds.groupby('prompt').emitted.sum().tolist() == [len(o) for o in d.ids]
                 assert not any(t in lm.stops for o in d.ids for t in o[:-1])

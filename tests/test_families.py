@@ -7,7 +7,7 @@ from sdlab.core.units import find_units, without
 from sdlab.core.data import batches, decode
 from sdlab.core.history import zero_names
 from sdlab.core.model import LM, load
-from sdlab.core.generate import generate
+from sdlab.core.generate import Decoding, generate
 from sdlab.core.plan import Plan
 from sdlab.measure.cost import cost
 from sdlab.measure.importance import angular_distance, distances, importance, importance_steps, influence, relative_update
@@ -121,7 +121,7 @@ def check(lm, plan, folder, bare):
     assert greedy(cut, True) == greedy(cut, False) == greedy(view, True) == one
     cut.model.generation_config.eos_token_id = STOPS
     written = [decode(cut.tokenizer, o) for o in until_stop(cut)]
-    assert all(generate(cut, PROMPTS, NEW, batch_size=n)==written for n in (2, 8))   # our own loop: padded, rows leave and join
+    assert all(generate(cut, PROMPTS, Decoding(NEW, batch_size=n))==written for n in (2, 8))   # our own loop: padded, rows leave and join
     with torch.no_grad():
         for p in cut.model.parameters(): p.add_(0.)                     # it may be written to
     got = bare(cut.save(folder))

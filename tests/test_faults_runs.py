@@ -51,16 +51,13 @@ def heal(bench, out, *more):
 
 
 # Stuck after a kill or a full disk ----------------------------------------------------------------------------------
-STUCK = 'The same call goes on or starts over, wherever it was stopped; no folder is refused for ever.'
-
-
-@fault(STUCK)
+# The same call goes on or starts over, wherever it was stopped; no folder is refused for ever.
 @pytest.mark.parametrize('how_stopped', STOPPED)
 def test_training_goes_on(tmp_path, how_stopped):
     "A run that was stopped while it moved something in its folder is taken up by the same call"
     done = changes(train, tmp_path/'whole', stopped=STOPPED[how_stopped])
     stuck = []
-    for i in moves(done, tmp_path/'whole'):
+    for i in moves(done, tmp_path/'whole')[::3]:
         with STOPPED[how_stopped](i): train(tmp_path/str(i))
         again = outcome(train, tmp_path/str(i))
         if again.error is not None: stuck.append((done[i], str(again)))
@@ -68,7 +65,6 @@ def test_training_goes_on(tmp_path, how_stopped):
 
 
 @pytest.mark.slow
-@fault(STUCK)
 def test_training_goes_on_from_everywhere(tmp_path):
     "The same for every single change that a run with a checkpoint makes on the disk"
     done = changes(train, tmp_path/'whole', 1)
@@ -80,7 +76,6 @@ def test_training_goes_on_from_everywhere(tmp_path):
     assert stuck==[]
 
 
-@fault(STUCK)
 @pytest.mark.parametrize('more', [(), ('--fresh',)], ids=['again', 'fresh'])
 @pytest.mark.parametrize('how_stopped', STOPPED)
 def test_claim_of_a_stage(bench, tmp_path, how_stopped, more):
@@ -89,7 +84,6 @@ def test_claim_of_a_stage(bench, tmp_path, how_stopped, more):
     assert cut(bench, tmp_path/'cut', *more).status==0
 
 
-@fault(STUCK)
 def test_stage_stopped_while_it_is_thrown_away(bench, tmp_path):
     "--fresh that was stopped while it removed the old result can be typed again"
     again = lambda folder: cut(bench, folder, '--fresh', plan='q')
@@ -101,7 +95,6 @@ def test_stage_stopped_while_it_is_thrown_away(bench, tmp_path):
     assert stuck==[]
 
 
-@fault(STUCK)
 def test_run_stopped_while_it_is_thrown_away(tmp_path):
     "resume=False that was stopped while it removed the old run can be called again"
     train(tmp_path/'run')
@@ -114,7 +107,6 @@ def test_run_stopped_while_it_is_thrown_away(tmp_path):
     assert stuck==[]
 
 
-@fault(STUCK)
 def test_healing_stopped_while_it_tidies_up(bench, tmp_path):
     "A command whose work was done, and which was stopped while it removed its checkpoints, can be typed again"
     short = ('--epochs', 1, '--batch-size', 4)
@@ -136,7 +128,6 @@ def test_save_over_an_older_model(tmp_path):
     assert lost==[]
 
 
-@fault('What a killed save left is removed by the next one.')
 def test_litter_of_killed_saves(tmp_path):
     "Saves that were killed do not fill the disk"
     folder = small_lm().save(tmp_path/'lm')
@@ -158,7 +149,6 @@ def test_ledger_without_a_folder(tmp_path, monkeypatch):
 
 
 # Two at once, damaged files -----------------------------------------------------------------------------------------
-@fault('A run is locked: a second call on its folder waits, or is refused.')
 def test_two_runs_in_one_folder(tmp_path):
     "Nobody begins to train in a folder in which a run is going on"
     threads, began = [], []

@@ -133,7 +133,7 @@ def test_no_private_name_is_imported():
 def test_no_function_has_more_parameters_than_ten():
     assert H.crowded(MODULES)==[]
     many = ', '.join(f'a{i}' for i in range(11))
-    assert H.crowded(made(core__a=f'def f({many}): pass\nclass C:\n    def g(self, {many[:-5]}, **kw): pass'))==['core.a.f has 11']
+    assert H.crowded(made(core__a=f'def f({many}): pass\nclass C:\n    def g(self, {many[:-9]}, **kw): pass'))==['core.a.f has 11']
 
 def test_a_private_name_has_two_homes_at_most():
     assert H.shared_private_names(MODULES)=={}
@@ -141,7 +141,7 @@ def test_a_private_name_has_two_homes_at_most():
 
 def test_fewer_tokens_than_the_first_release():
     assert H.token_count(MODULES)<H.TOKENS
-    assert H.token_count(made(core__a='# a comment\nx = (1,\n     2)\n', all='y = 1'))==7
+    assert H.token_count(made(core__a='# a comment\nx = (1,\n     2)\n', maintain__b='z = 1', all='y = 1'))==7
 
 def test_the_vocabulary_is_small():
     code = 'from sdlab.all import *; import sdlab.all; print(len(sdlab.all.__all__))'
@@ -164,6 +164,7 @@ def test_quick_takes_what_changed_and_who_depends_on_it():
     assert quick.affected({'core.one'}, ms)==['core.one', 'core.two']
     tests = {'test_a.py': 'from sdlab.core.one import x', 'test_b.py': 'from sdlab.measure.three import z', 'test_c.py': 'import sdlab'}
     assert quick.tests_of(['core.one', 'core.two'], tests)==['test_a.py']
+    assert quick.figures_of({'core.one', 'lab.four'})==quick.FIGURES and quick.figures_of({'lab.four'})==[]
 
 def test_quick_leaves_out_what_does_not_fit_and_says_so(capsys):
     ran, took = [], {'a': 5., 'b': 500., 'c': 1.}

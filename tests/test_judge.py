@@ -63,7 +63,7 @@ def test_choices_by_hand(teacher, tasks, size):
 
 def test_exact(teacher, tasks):
     got = score(teacher, tasks[0])
-    said = teacher.reply(list(tasks[0].rows['prompt']), max_new_tokens=3)
+    said = teacher.reply(list(tasks[0].rows['prompt']), 3)
     assert got.reply.tolist() == said and got.score.tolist() == [float(s[:1] == c) for s, c in zip(said, 'abcdef')]
 
 def test_model_is_left_as_it_was(teacher, tasks):

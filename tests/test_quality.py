@@ -89,9 +89,9 @@ def test_a_cut_model_that_overflows(lm, monkeypatch):
 def test_refusals(lm):
     bs = batches(lm, TEXTS)
     for bad in ((0,), (L,), (True,), (1, 2.)):
-        with pytest.raises(ValueError, match='sizes go from 1 to 5'): quality(lm, bs, sizes=bad)
+        with pytest.raises(ValueError, match='a number from 1 to 5'): quality(lm, bs, sizes=bad)
     with pytest.raises(ValueError, match='`sizes` is empty'): quality(lm, bs, sizes=())
-    with pytest.raises(ValueError, match='sizes go from 1 to 5'): quality(lm, bs, sizes=6)
+    with pytest.raises(ValueError, match='a number from 1 to 5'): quality(lm, bs, sizes=6)
     with pytest.raises(ValueError, match='no texts'): quality(lm, [], sizes=(1,))
     with pytest.raises(ValueError, match='only for 2 blocks, not for 1'): quality(lm, bs, sizes=(2,))['kl'].best(1)
     list(lm.blocks[3].parameters())[0].data.view(-1)[0] = float('nan')
@@ -228,4 +228,4 @@ def test_steps_can_be_left(lm):
 def test_steps_refuse(lm):
     with pytest.raises(ValueError, match='no texts'): next(quality_steps(lm, []))
     with pytest.raises(ValueError, match="'block', 'attention' or 'mlp'"): next(quality_steps(lm, batches(lm, TEXTS), part='head'))
-    with pytest.raises(ValueError, match='sizes go from 1 to 5'): next(quality_steps(lm, batches(lm, TEXTS), sizes=6))
+    with pytest.raises(ValueError, match='a number from 1 to 5'): next(quality_steps(lm, batches(lm, TEXTS), sizes=6))

@@ -65,14 +65,14 @@ def test_it_is_read_and_asked(lm, plain):
     bs = batches(lm, TEXTS, size=2)
     spans, exact, trial = distances(lm, bs), quality(lm, bs, sizes=2)['loss'], ExactLoss(lm, bs)(PLAN)
     answers, items = lm.reply(['hello', 'you'], 6), score(lm, Task('t', rows(ROWS), metric='perplexity'))
-    data = rewrite(lm, ROWS, max_new_tokens=5, progress=False)
+    data = rewrite(lm, ROWS, decoding=5, progress=False)
     near = cka(lm, plain, TEXTS, group=4).matrix.diagonal()
     assert influence(lm, bs).best(2).n==6 and len(data)==8 and len(lm.fingerprint)==16
     if lm.few: assert spans.values.shape==distances(plain, bs).values.shape and near.isfinite().all() and near[0]>.99; return  # the embedding is not quantised
     assert torch.equal(spans.values.nan_to_num(), distances(plain, bs).values.nan_to_num()) and trial==ExactLoss(plain, bs)(PLAN) and lm.fingerprint==plain.fingerprint
     assert torch.equal(exact.values.nan_to_num(), quality(plain, bs, sizes=2)['loss'].values.nan_to_num())
     assert answers==plain.reply(['hello', 'you'], 6) and items.equals(score(plain, Task('t', rows(ROWS), metric='perplexity')))
-    assert data['written']==rewrite(plain, ROWS, max_new_tokens=5, progress=False)['written']
+    assert data['written']==rewrite(plain, ROWS, decoding=5, progress=False)['written']
 
 def test_it_is_cut(lm, plain, tmp_path):
     "A view, the cut for good, and what was saved give the same answers; an offloaded model's views fetch from where it fetches"

@@ -38,7 +38,7 @@ def test_a_recipe_says_what_python_says():
     page = recipe_page('quick', ('pick.n=3', 'seeds=2', 'rows.n=20', 'heal.lr=1e-3'))
     d = read_design(page)
     assert (d.arms['pruned'][0].settings['n'], d.seeds, d.rows.settings['n'], d.arms['SFT'][-1].settings['lr'])==(3, 2, 20, 1e-3)
-    with pytest.raises(ValueError, match="no 'pik'"): recipe('quick', ('pik.n=3',))
+    with pytest.raises(ValueError, match="did you mean 'pick'"): recipe('quick', ('pik.n=3',))
     with pytest.raises(ValueError, match='did you mean'): recipe('quik')
 
 def test_the_shell_lists_and_foresees(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def test_each_command_names_the_next(road):
 def test_the_same_plan_rows_items_and_map_as_in_python(inside):
     teacher, calib = load(), pocket_calibration()
     plan = distances(teacher, batches(teacher, calib, size=32)).best(2)
-    assert Plan.from_json(Path('runs/plan.json').read_text())==plan
+    assert Plan.from_json(Path('runs/spans/plan.json').read_text())==plan
     cut = load('runs/cut')
     assert cut.fingerprint==prune(teacher, plan).fingerprint and cut.kept==plan.keep
     data = rewrite(teacher, pocket_rows('sums', 12, voice=3), decoding=64, progress=False)
@@ -66,7 +66,7 @@ def test_the_same_plan_rows_items_and_map_as_in_python(inside):
     same(pd.read_parquet('runs/recovery/items.parquet'), asked, ['task', 'arm', 'item', 'score'])
     same(pd.read_csv('runs/recovery/recovery.csv'), Recovery(asked).frame(), ['task', 'arm', 'score', 'recovery', 'gap_closed'])
     found = cka(arms['self-data'], teacher, calib, group=256).frame()
-    pd.testing.assert_frame_equal(pd.read_csv('runs/map/cka.csv'), found, check_exact=False, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(pd.read_parquet('runs/map/table.parquet'), found, check_exact=False, rtol=1e-4, atol=1e-6)
 
 def test_provenance_tells_the_whole_road(inside):
     steps = load('runs/healed').provenance['steps']
@@ -93,7 +93,7 @@ def test_missing_files_and_models(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(capsys, 'sdlab distances --texts none.jsonl', 'none.jsonl')
     refused(capsys, 'sdlab distances ./none --texts pocket', 'no directory none')
-    refused(capsys, 'sdlab prune', 'runs/plan.json', '`sdlab distances`')
+    refused(capsys, 'sdlab prune', 'runs/spans/plan.json', '`sdlab distances`')
     refused(capsys, 'sdlab rewrite --data none.csv', 'none.csv')
     refused(capsys, 'sdlab tune', 'runs/cut', '`sdlab prune`')
     refused(capsys, 'sdlab recovery', 'runs/cut', '`sdlab prune`')
@@ -101,33 +101,33 @@ def test_missing_files_and_models(tmp_path, monkeypatch, capsys):
     assert [p for p in tmp_path.rglob('*') if p.is_file()]==[]
 
 def test_bad_values(inside, tmp_path, capsys):
-    refused(capsys, 'sdlab distances --drop 12 --out a.csv --plan a.json', 'keep at least one')
-    refused(capsys, 'sdlab distances --measure luck --out a.csv --plan a.json', "no measure 'luck'", 'angular')
-    refused(capsys, 'sdlab distances --measure influence --tokens all --out a.csv --plan a.json', 'leave tokens out')
-    refused(capsys, 'sdlab distances --n -1 --out a.csv --plan a.json', '0 for all')
+    refused(capsys, 'sdlab distances --drop 12 --out a', 'keep at least one')
+    refused(capsys, 'sdlab distances --measure luck --out a', "no measure 'luck'", 'angular')
+    refused(capsys, 'sdlab distances --measure influence --tokens all --out a', 'leave tokens out')
+    refused(capsys, 'sdlab distances --n -1 --out a', '0 for all')
     refused(capsys, 'sdlab rewrite --rule luck --n 4 --out d', "no rule 'luck'")
     refused(capsys, 'sdlab tune --on translation --out h', "no column 'translation'")
     refused(capsys, 'sdlab tune --lora -1 --out h', 'at least 1')
     refused(capsys, 'sdlab recovery --arms runs/cut', 'name=folder')
     refused(capsys, 'sdlab recovery --arms a=runs/cut a=runs/healed', 'a name of its own')
-    refused(capsys, 'sdlab recovery --arms ../up=runs/cut', 'is no arm')
+    refused(capsys, 'sdlab recovery --arms ../up=runs/cut', 'name=folder')
     refused(capsys, 'sdlab recovery --teacher runs/cut --arms a=runs/healed', 'Give --tasks')
-    refused(capsys, 'sdlab distances runs/cut --out a.csv --plan a.json', 'Give --texts')
+    refused(capsys, 'sdlab distances runs/cut --out a', 'Give --texts')
     refused(capsys, 'sdlab cka --pool middle --out m', "'last' (token) or 'mean'")
-    assert not any((inside/p).exists() for p in ('a.csv', 'a.png', 'a.json', 'd', 'h', 'm'))        # a mended command finds its place free
+    assert not any((inside/p).exists() for p in ('a', 'd', 'h', 'm'))        # a mended command finds its place free
 
 @pytest.mark.parametrize('measure, part, what', [('influence', 'block', 'block'), ('update', 'mlp', 'mlp'), ('angular', 'attention', 'attention'), ('kl', 'block', 'block'), ('loss', 'attention', 'attention')])
 def test_measures_and_parts(inside, measure, part, what):
     "Every measure gives a plan that prune takes, of whole blocks or of halves"
-    assert type_in(f'sdlab distances --measure {measure} --part {part} --drop 1 --n 8 --out {measure}.csv --plan {measure}.json')==0
-    plan = Plan.from_json(Path(f'{measure}.json').read_text())
-    assert json.loads(plan.to_json())['drop'][what] and len(pd.read_csv(f'{measure}.csv'))>=12
-    assert type_in(f'sdlab prune --plan {measure}.json --out cut-{measure}')==0
+    assert type_in(f'sdlab distances --measure {measure} --part {part} --drop 1 --n 8 --out {measure}')==0
+    plan = Plan.from_json(Path(f'{measure}/plan.json').read_text())
+    assert json.loads(plan.to_json())['drop'][what] and len(pd.read_csv(f'{measure}/run/spans.csv'))>=12
+    assert type_in(f'sdlab prune --plan {measure}/plan.json --out cut-{measure}')==0
     assert load(f'cut-{measure}').n==(11 if part=='block' else 12)
 
 def test_a_plan_of_another_model(inside, capsys):
     refused(capsys, 'sdlab prune runs/cut --out x', 'for a model of 12 blocks', 'has 10')
-    plan = json.loads(Path('runs/plan.json').read_text())
+    plan = json.loads(Path('runs/spans/plan.json').read_text())
     plan['evidence'].update(model='stranger', model_fingerprint='0'*16)
     Path('strange.json').write_text(json.dumps(plan))
     refused(capsys, 'sdlab prune --plan strange.json --out x', 'measured on another model (stranger', '--anyway')
@@ -138,7 +138,7 @@ def test_a_plan_of_another_model(inside, capsys):
 
 def test_nothing_is_written_over(inside, capsys):
     marks = {p: p.stat().st_mtime_ns for p in Path('runs').rglob('*') if p.is_file()}
-    refused(capsys, 'sdlab distances', 'runs/spans.csv exists', '--fresh')
+    refused(capsys, 'sdlab distances --n 8', 'holds another stage', '--fresh')
     Path('two.json').write_text('{"n": 12, "drop": {"block": [1]}}')
     refused(capsys, 'sdlab prune --plan two.json', 'holds another stage', '--fresh')
     refused(capsys, 'sdlab rewrite --n 13', 'holds another stage')
@@ -148,8 +148,7 @@ def test_nothing_is_written_over(inside, capsys):
     refused(capsys, 'sdlab recovery --n 7 --tasks facts', 'holds another stage')
     refused(capsys, 'sdlab cka --seed 1', 'seed was 0 and is now 1')
     Path('mine').mkdir(exist_ok=True), Path('mine/thesis.txt').write_text('all of it')
-    for line in ('prune', 'rewrite --n 4', 'tune', 'cka'): refused(capsys, f'sdlab {line} --out mine --fresh', 'is no stage')
-    refused(capsys, 'sdlab distances --out mine --plan p.json --fresh', 'is a folder')
+    for line in ('distances', 'prune', 'rewrite --n 4', 'tune', 'cka'): refused(capsys, f'sdlab {line} --out mine --fresh', 'is no stage')
     assert {p: p.stat().st_mtime_ns for p in marks}==marks and Path('mine/thesis.txt').read_text()=='all of it'
 
 def test_fresh_throws_away_one_stage_only(inside, capsys):
@@ -170,7 +169,7 @@ def test_an_interrupted_rewriting_goes_on(tmp_path, monkeypatch, capsys, road):
         m.setattr(Log, 'append', deadly)
         assert type_in('sdlab rewrite --n 12 --max-new-tokens 64 --batch-size 2')==130
     assert 'goes on from there' in capsys.readouterr().err and not Path('runs/data/data.jsonl').exists() and list(Path('runs/data/run').glob('*.jsonl'))
-    assert type_in('sdlab rewrite --n 12 --max-new-tokens 64')==0
+    assert type_in('sdlab rewrite --n 12 --max-new-tokens 64 --batch-size 2')==0
     assert list(rows('runs/data/data.jsonl'))==list(rows(road[0]/'runs'/'data'/'data.jsonl'))
 
 def test_a_model_that_somebody_trained(data, tmp_path, monkeypatch, capsys):
@@ -179,7 +178,7 @@ def test_a_model_that_somebody_trained(data, tmp_path, monkeypatch, capsys):
     model, texts = data/'models'/'stories-260k', data/'tinystories'/'stories.json'
     for line in (f'distances {model} --texts {texts} --n 32 --drop 1', f'prune {model}', f'rewrite {model} --data {texts} --n 12 --max-new-tokens 32', 'tune --epochs 1', f'recovery --teacher {model} --tasks {texts} --n 8', f'cka runs/cut {model} --texts {texts} --n 32'):
         assert type_in(f'sdlab {line}')==0, capsys.readouterr().err
-    cut, same = load('runs/cut'), pd.read_csv('runs/map/cka.csv').query('student==teacher').set_index('student').cka
+    cut, same = load('runs/cut'), pd.read_parquet('runs/map/table.parquet').query('student==teacher').set_index('student').cka
     first = next(i for i in range(6) if i not in cut.kept)
     assert cut.n==4 and (same[same.index<=first]>.9999).all()
     score = pd.read_csv('runs/recovery/recovery.csv').set_index('arm').score
@@ -192,7 +191,7 @@ def test_in_a_real_shell(road):
     run = lambda *a: subprocess.run([exe, *a], capture_output=True, text=True, cwd=road[0], timeout=300)
     said = run('--help')
     assert said.returncode==0 and all(k in said.stdout for k in ('distances', 'prune', 'rewrite', 'tune', 'recovery', 'cka', 'study', 'demo', 'run'))
-    said = run('prune', 'pocket', '--plan', 'runs/plan.json', '--out', 'by shell')
+    said = run('prune', 'pocket', '--plan', 'runs/spans/plan.json', '--out', 'by shell')
     assert said.returncode==0 and "next: sdlab rewrite pocket" in said.stdout and load(road[0]/'by shell').n==10, said.stderr
     said = run('prune', '--plan', 'none.json')
     assert said.returncode==2 and 'none.json' in said.stderr and 'Traceback' not in said.stderr

@@ -7,7 +7,7 @@ import walker
 from datasets import Dataset
 from forks import Fork
 from sdlab.experiment.cli import main
-from sdlab.experiment.design import Design, Planner, Question
+from sdlab.experiment.design import Design, Planner, roots
 from sdlab.experiment.forecast import forecast
 from sdlab.experiment.nodes import Given, Runner, family, finish_all, walk
 from sdlab.experiment.steps import step, tried
@@ -96,9 +96,9 @@ def test_choices_are_made_on_validation_items_only(whole):
     with pytest.raises(ValueError, match='give `validation`'): forecast(design(walker.task(1), None))
 
 def test_a_variation_reaches_the_parents():
-    d = Design('t', 'r', {}, {k: tuple(v) for k,v in walker.arms().items()})
-    start = dict(lm=Given(0, 't'), teacher=Given(0, 't'), rows=Given(0, 'r'), texts=Given(0, 'x'), tasks=Given({}, 'q'))
-    plan = Planner(d, start, lambda nodes: None, Given({}, 'v')).planned({'depth': Question(('both',), {'best.n': [1, 2]})})['depth']
+    depth = {'depth': dict(compare=['both'], vary={'best.n': [1, 2]})}
+    d = Design('t', walker.asked(4), walker.task(1), {k: tuple(v) for k,v in walker.arms().items()}, questions=depth, validation=walker.task(2))
+    plan = Planner(d, roots(d, 0, 't'), lambda nodes: None).planned(d.asked())['depth']
     def cuts(arm): return {n.step.settings.get('n', 1) for n in family(plan[arm][0].ends).values() if n.step.name=='best'}
     assert (cuts('both, n 1'), cuts('both, n 2'))==({1}, {2})
 
@@ -113,7 +113,7 @@ def test_what_is_not_kept_is_made_again(tmp_path):
 
 def test_what_is_refused(tmp_path, whole):
     with pytest.raises(ValueError, match='tiny'): study(None, walker.asked(), walker.task(1), {}, whole.out)
-    with pytest.raises(ValueError, match="There is no arm 'SFTT': did you mean 'SFT'"): whole.compare('SFTT', 'SFT') if 0 else whole.runs('SFTT')
+    with pytest.raises(ValueError, match="There is no arm 'SFTT': did you mean 'SFT'"): whole.runs('SFTT')
     with pytest.raises(ValueError, match='There is no question'): walker.walk(tmp_path/'q', ask=('everything',))
     assert not (tmp_path/'q').exists()
     with pytest.raises(ValueError, match='at least 1, not 0'): walker.walk(tmp_path/'q', workers=0)
@@ -127,10 +127,8 @@ def test_what_is_refused(tmp_path, whole):
     with pytest.raises(ValueError, match='is no study'): walker.walk(tmp_path/'mine')
 
 def test_an_interrupt_is_one_sentence(tmp_path, monkeypatch, capsys):
-    import sdlab.experiment.steps as S
-    def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(S, 'take', stop)
     import sdlab.experiment.nodes as N
+    def stop(*args): raise KeyboardInterrupt
     monkeypatch.setattr(N, 'take', stop)
     assert main(['run', 'quick', '--out', str(tmp_path/'d')])==130
     assert 'goes on from there' in capsys.readouterr().err

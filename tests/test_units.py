@@ -122,17 +122,17 @@ def test_cut_after_cut(name, tmp_path):
     assert part.kept==total.keep and part.strip==total.strip=='▆▆▁▆▆▆'
 
 
-def test_what_keeps_its_place_still_counts():
-    "Masked, kept as zeros, then sliced, then sliced again: each plan in the numbers of its model, the history in the teacher's"
-    lm = a_model('Llama')
-    part = prune(without(lm, Plan(L, units={'neuron': {1: (0, 7)}})), Plan(L, units={'neuron': {1: (0, 8)}}), uneven='zeros')
-    assert past_plan(part.record).units['neuron']=={1: (0, 7, 8)} and part.name=='Llama without 3 neurons of 1' and part.strip=='█▆████'
-    for k in (2, 3):
-        n = find_units(part, 'neuron', [0])[0].n
-        part = prune(part, even(n, k))
-    total = past_plan(part.record)
-    torch.testing.assert_close(logits(part), logits(without(lm, total)), rtol=0, atol=1e-4)
-    assert {len(v) for i, v in total.units['neuron'].items() if i!=1}=={5} and find_units(part, 'neuron', [0])[0].n==43
+@pytest.mark.parametrize('uneven', [False, True])
+def test_what_is_zero_in_its_place_is_not_counted_again(uneven):
+    "Masked, or kept as zeros: other parts go as ever, and neurons are named in one plan for the whole model"
+    lm, plan = a_model('Llama'), Plan(L, (2,), units={'neuron': {1: (0, 7)}})
+    part = prune(lm, plan, uneven='zeros') if uneven else without(lm, plan)
+    assert past_plan(part.record)==plan and part.strip=='█▆▁███' and part.name=='Llama without 2 and 2 neurons of 1'
+    for act in (without, prune):
+        with pytest.raises(ValueError, match='zeros in their old places: name all'): act(part, Plan(L-1, units={'neuron': {1: (3,)}}))
+        less = act(part, Plan(L-1, (2,), attn=(0,)))
+        assert past_plan(less.record)==Plan(L, (2, 3), attn=(0,), units=plan.units)
+        torch.testing.assert_close(logits(less), logits(without(lm, past_plan(less.record))), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['Llama', 'GPT-2', 'BLOOM'])

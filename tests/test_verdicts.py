@@ -61,7 +61,7 @@ def test_divergence_by_hand(arms):
     asks = ['say a', 'and b', 'or something longer']
     got = shift({'pruned': arms['pruned']}, arms['teacher'], asks, max_new_tokens=5, batch_size=2)
     for o in got.items.itertuples():
-        said = arms['teacher'].reply(o.prompt, max_new_tokens=5)
+        said = arms['teacher'].reply(o.prompt, 5)
         ended = shift_ended(arms['teacher'], o.prompt, 5)
         r = encode(arms['teacher'].tokenizer, dict(prompt=o.prompt, completion=said, ended=ended))
         p, q = (m.model(torch.tensor([r['input_ids']])).logits[0].double().log_softmax(-1) for m in arms.values())

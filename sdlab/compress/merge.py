@@ -61,24 +61,26 @@ def slerp(
 @dataclass(frozen=True)
 class _Side:
     "One of the models to be merged: an LM, or a folder of which only the headers are read"
-    name:str      # What it is called
-    config:object # Hugging Face config
-    tensors:dict  # {name: tensor}, in memory or mapped
     source:object # LM or StoredModel
-    record:dict   # Of `core.history`
+    tensors:dict  # {name: tensor}, in memory or mapped
 
     @property
-    def n(self): return self.config.get_text_config().num_hidden_layers
+    def name(self): return self.source.name
     @property
-    def shape(self): return self.n,self.config.get_text_config().hidden_size,self.config.get_text_config().vocab_size
+    def record(self): return self.source.record
     @property
-    def kept(self): return tuple(self.record.get('kept', range(self.n)))
+    def shape(self): return [getattr(self.source.config.get_text_config(), k) for k in ('num_hidden_layers','hidden_size','vocab_size')]
+    @property
+    def kept(self): return [*self.record.get('kept', range(self.shape[0]))]
     @property
     def zeroed(self): return {k:v for k,v in self.record.get('zeroed', {}).items() if v}
     @property
     def words(self): return self.source.tokenizer.get_vocab()
     @property
-    def ways(self): return {k:v for k,v in self.config.to_dict().items() if k not in CONFIG_ASIDE and k[0]!='_' and 'token_id' not in k}
+    def ways(self):
+        "What its config says of how it computes"
+        says = self.source.config.to_dict()
+        return {k:v for k,v in says.items() if k not in CONFIG_ASIDE and k[0]!='_' and 'token_id' not in k}
 
 def _side(
     of, # LM, or directory that holds a model
@@ -89,10 +91,11 @@ def _side(
         if getattr(of.model, 'is_quantized', False): raise ValueError(f'{of.name} is quantised, and its numbers are codes: merge first, quantise afterwards')
         ts = dict(of.model.named_parameters())
         if any(p.device.type=='meta' for p in ts.values()): raise ValueError(f'Some weights of {of.name} are not in memory (offloaded): load it whole, or merge folders with `out=`')
-        return _Side(of.name, of.config, ts, of, of.provenance)
+        of.provenance # a view works out its teacher's fingerprint only now
+        return _Side(of, ts)
     if not isinstance(of, (str,Path)): raise TypeError(f'Models to merge are LMs or folders, not {type(of).__name__}')
-    s = read_stored(of)
-    return _Side(s.name, s.config, s.tensors, s, s.record)
+    stored = read_stored(of)
+    return _Side(stored, stored.tensors)
 
 # %% ../../nbs/compress/01_merge.ipynb #c017
 def _same_cut(a, b):
@@ -177,9 +180,9 @@ class _Merger:
         low,high = (float(f'{f(apart):.6g}') for f in (min,max))
         arcs = sum(branch=='slerp' for branch,_ in self.log)
         other,*base = self.sides[1:]
-        names = dict(other=other.name) | {'base':o.name for o in base}
+        names = dict(how=self.how, t=self.t, other=other.name) | {'base':o.name for o in base}
         found = dict(tensors=len(self.log), along_an_arc=arcs, lowest_cosine=low, highest_cosine=high)
-        return dict(how=self.how, t=self.t) | names | found | dict(other_steps=other.record.get('steps', []))
+        return names | found | dict(other_steps=other.record.get('steps', []))
 
 # %% ../../nbs/compress/01_merge.ipynb #h022
 def _merge_in_memory(

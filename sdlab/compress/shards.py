@@ -12,7 +12,7 @@ import torch
 from ..core.plan import Plan
 from ..core.disk import skeleton,missing_tensors,tensor_pieces,reload_names,write_config_and_tokenizer,renaming_rules,require_empty,write_shards
 from ..core.store import replacing
-from ..core.units import without
+from ..core.units import check_plan,without
 from .prune import prove_reload
 
 # %% ../../nbs/compress/02_shards.ipynb #c005
@@ -74,8 +74,7 @@ def prune_checkpoint(
     "What `prune(load(folder), plan).save(out)` writes, without loading the model: each tensor is read piece by piece, for the teacher's fingerprint and to be copied"
     out = require_empty(out)
     lm = skeleton(folder)
-    if getattr(plan, 'units', None):
-        raise ValueError(f'On disk whole blocks, attentions and MLPs go, not {" or ".join(plan.units)}s: load the model and prune it')
+    check_plan(lm, plan)
     view = without(lm, plan)
     prove_reload(lm, view, plan)
     new = _carried(lm, view, plan)
@@ -93,7 +92,7 @@ def passthrough(
     plan,  # Plan that drops whole blocks
 )->str:    # YAML
     "The same cut as a config for mergekit's `passthrough`"
-    if plan.attn or plan.mlp or plan.units: raise ValueError('mergekit takes whole blocks: it has no word for a block without some of its parts')
+    if plan.words: raise ValueError('mergekit takes whole blocks: it has no word for a block without some of its parts')
     name = str(model) if re.fullmatch(r'(?i)(?!(true|false|yes|no|on|off|null|y|n)$)[a-z/][\w./-]*', str(model)) else json.dumps(str(model)) # what YAML could take for more than text is quoted
     keep = set(plan.keep)
     runs = zip([i for i in plan.keep if i-1 not in keep], [i+1 for i in plan.keep if i+1 not in keep])

@@ -38,15 +38,19 @@ def past_plan(
     gone = [i for i in Plan(n).keep if i not in kept]
     return Plan.from_json(dict(n=n, drop=record.get('units', {})|record['zeroed']|dict(block=gone)))
 
+def _check_items(r):
+    "Raise unless what stands in the lists of `r` can be true"
+    for k,kind in dict(steps=dict, zeros=str, kept=int).items():
+        if any(type(o) is not kind for o in r[k]): raise ValueError(f'not all of its {k} are a {kind.__name__}')
+    if past_plan(r).keep!=tuple(r['kept']): raise ValueError("its blocks are no teacher's")
+
 def _checked_record(r):
     "`r` in today's format; an error that says why if it is none"
     if not isinstance(r, dict): raise ValueError(f'it is a {type(r).__name__}')
     r = dict(zeros=[])|_in_this_format(r)
     for k,kind in _FIELDS.items():
         if type(r.get(k)) is not kind: raise ValueError(f'its {k} is no {kind.__name__}')
-    if not all(isinstance(s, dict) for s in r['steps']): raise ValueError('its steps are no steps')
-    if not all(isinstance(k, str) for k in r['zeros']): raise ValueError('its zeros are no names')
-    if any(type(i) is not int for i in r['kept']) or past_plan(r).keep!=tuple(r['kept']): raise ValueError("its blocks are no teacher's")
+    _check_items(r)
     return r
 
 # %% ../../nbs/core/06_history.ipynb #h006
@@ -66,16 +70,18 @@ def read_record(
         return {}
 
 # %% ../../nbs/core/06_history.ipynb #h011
+def _holds_dicts(v): return isinstance(v, list) and bool(v) and all(isinstance(o, dict) for o in v)
+
 def _is_long(name, v):
     "Logs and evidence, and any list of more than 400 characters that is no list of steps"
     if name in ('log','evidence'): return bool(v)
-    return isinstance(v, list) and not all(isinstance(o, dict) for o in v) and len(json.dumps(v))>400
+    return isinstance(v, list) and not _holds_dicts(v) and len(json.dumps(v))>400
 
 def _long_parts(v, *path):
     "(path, value) of what is too long for a config in `v`, a dict or a list of dicts"
     for k,o in v.items() if isinstance(v, dict) else enumerate(v):
         if _is_long(k, o): yield [*path, k],o
-        elif isinstance(o, dict) or isinstance(o, list) and o and isinstance(o[0], dict): yield from _long_parts(o, *path, k)
+        elif isinstance(o, dict) or _holds_dicts(o): yield from _long_parts(o, *path, k)
 
 def _aside(record):
     "What of a record grows with what was done"
@@ -101,17 +107,20 @@ def write_long(
     aside = dict(format=RECORD_FORMAT, of=_hash_of(short_record(record)), long=_aside(record))
     if aside['long']: (Path(folder)/LONG_FILE).write_text(json.dumps(aside), encoding='utf-8')
 
+def _joined(record, aside):
+    "`record` with what lies aside, if it belongs to it"
+    if aside['of']!=_hash_of(record): return record
+    whole = copy.deepcopy(record)
+    for (*path,k),v in aside['long']: reduce(getitem, path, whole)[k] = v
+    return _checked_record(whole|{k:record[k] for k in ('kept','teacher_n')})
+
 def read_long(
     record, # Short record, of `read_record`
     path    # Where its `sdlab.json` may be; None for nowhere
 )->dict:    # The whole record, as far as it is there
     "`record` with its long lists"
     if not record or path is None or not Path(path).is_file(): return record
-    try:
-        aside,whole = json.loads(Path(path).read_text(encoding='utf-8')),copy.deepcopy(record)
-        if aside['of']!=_hash_of(record): return record
-        for (*at,k),v in aside['long']: reduce(getitem, at, whole)[k] = v
-        return _checked_record(whole|{k:record[k] for k in ('kept','teacher_n')})
+    try: return _joined(record, json.loads(Path(path).read_text(encoding='utf-8')))
     except (ValueError,TypeError,LookupError,AttributeError) as e:
         warnings.warn(f'{path} is no record of sdlab ({one_line(e)}): this model has lost its logs.')
         return record
@@ -146,6 +155,10 @@ def _in_record(plan):
     "`past_plan`, undone"
     return as_json(dict(kept=plan.keep, zeroed=dict(attention=plan.attn, mlp=plan.mlp), units=plan.units))
 
+def _beginning(lm):
+    "The record of a model to which nothing was done"
+    return dict(format=RECORD_FORMAT, teacher=lm.name, teacher_n=lm.n, steps=[]) | _in_record(Plan(lm.n))
+
 def next_record(
     lm,        # LM to which something was done
     op,        # What: 'prune', 'tune', 'merge', ...
@@ -154,8 +167,8 @@ def next_record(
     **facts    # Whatever else belongs to the step
 )->dict:       # Without the teacher's fingerprint where `lm` has no past
     "The record after one more step"
-    was = lm.record or dict(format=RECORD_FORMAT, teacher=lm.name, teacher_n=lm.n, steps=[])|_in_record(Plan(lm.n))
-    now,step = plan or Plan(lm.n),dict(op=op) | (dict(plan=plan) if plan else {}) | dict(versions=versions()) | facts
+    was,now = lm.record or _beginning(lm),plan or Plan(lm.n)
+    step = dict(op=op) | (dict(plan=plan) if plan else {}) | dict(versions=versions()) | facts
     names = [*_renumbered(zero_names(lm), lm.path, now), *zeros]
     new = dict(zeros=list(dict.fromkeys(names)), steps=was['steps']+[as_json(step)])
     return was | _in_record(past_plan(was).then(now)) | new
@@ -255,6 +268,10 @@ def _origin(lm):
     steps = [f'{i}. {step_words(s)}' for i,s in enumerate(lm.record['steps'], 1)]
     return '\n'.join([f'Made from **{_cell(lm.record["teacher"])}** ({blocks}):', '', *steps])
 
+def _size_words(lm):
+    dtype = str(lm.dtype).split('.')[-1]
+    return f'**{lm.n} blocks** of width {lm.d}, {short_number(lm.n_params)} parameters, {dtype}.'
+
 def _as_code(record):
     "A record as a block of JSON, which no text in it can end"
     raw = json.dumps(record, indent=1).replace('`', '\\u0060').replace('<', '\\u003c')
@@ -265,9 +282,8 @@ def model_card(
     table=None # As for `LM.save`
 )->str:
     "The model card"
-    past,dtype = lm.provenance,str(lm.dtype).split('.')[-1]
-    size = f'**{lm.n} blocks** of width {lm.d}, {short_number(lm.n_params)} parameters, {dtype}.'
-    parts = [_HEAD, f'# {_cell(lm.name)}', size, f'`{lm.strip}`', _origin(lm) if past else '']
+    past = lm.provenance
+    parts = [_HEAD, f'# {_cell(lm.name)}', _size_words(lm), f'`{lm.strip}`', _origin(lm) if past else '']
     if table is not None: parts += ['## What was lost, and what came back', markdown_table(table)]
     parts += [_USE, _as_code(short_record(past)) if past else '']
     return '\n\n'.join(filter(None, parts))+'\n'

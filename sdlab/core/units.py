@@ -148,7 +148,8 @@ class _ZeroProbe:
         self.h = stream_given(*call)
         self.other,ended = _every_second_changed(self.h),[]
         with ExitStack() as undo:
-            for k,m in _with_matrix(block): undo.callback(m.register_forward_hook(lambda *_, k=k: ended.append(k)).remove)
+            for k,m in _with_matrix(block):
+                undo.callback(m.register_forward_hook(lambda *_, k=k: ended.append(k)).remove)
             self.out = self.run()
         self.names,self.carried = list(dict.fromkeys(ended)),self.difference(self.out)
 
@@ -165,7 +166,8 @@ class _ZeroProbe:
         return self.carried>8*rounding*self.out[:,1::2].float().norm()
 
     def no_attention(self, names):
-        with self.zeros(names): return names and self.difference(self.run())<=torch.finfo(self.h.dtype).eps**.5*self.carried
+        rounding = torch.finfo(self.h.dtype).eps**.5
+        with self.zeros(names): return names and self.difference(self.run())<=rounding*self.carried
 
     def hands_on(self, names):
         with self.zeros(names): return same_tensor(self.run(), self.h)
@@ -175,15 +177,16 @@ _CARRIES = """with zeros in every weight that could write into the stream it sti
 from token to token"""
 _CHANGES = """with zeros in every weight that could write into the stream it still changes what it is given, \
 as a norm with a bias behind one of its sub-layers does"""
+_NO_GUESS = dict(attention=(), mlp=())
 
 def projections_in(
-    block,      # A residual block of a view
-    call,       # What it is called with, of `block_calls`
-    guess=None, # What was found in another one: is tried first
-    shared=None # As for `zero_like`
-)->dict:        # {'attention':, 'mlp':}: names of modules, () for what the block does not have
+    block,           # A residual block of a view
+    call,            # What it is called with, of `block_calls`
+    guess=_NO_GUESS, # What was found in another one: is tried first
+    shared=None      # As for `zero_like`
+)->dict:             # {'attention':, 'mlp':}: names of modules, () for what the block does not have
     "The output projections of one block"
-    probe,guess,attn = _ZeroProbe(block, call, {} if shared is None else shared),guess or dict(attention=(), mlp=()),[]
+    probe,attn = _ZeroProbe(block, call, {} if shared is None else shared),[]
     if probe.has_attention(): attn = _smallest_set(probe.names, probe.no_attention, guess['attention'], _CARRIES)
     rest = [k for k in probe.names if k not in attn]
     mlp = _smallest_set(rest, lambda names: probe.hands_on(attn+names), guess['mlp'], _CHANGES)
@@ -192,12 +195,16 @@ def projections_in(
 # %% ../../nbs/core/09_units.ipynb #c021
 _FOUND = WeakKeyDictionary() # {model: {(finder, block): what it found}}
 
-def _remembered(lm, find, blocks):
-    "`find(lm, blocks)`, asked once for each block of a model whose weights can be looked at and put to zero"
+def _require_weights(lm):
+    "Raise unless weights of `lm` can be looked at and put to zero"
     if getattr(lm.model, 'is_quantized', False):
         raise ValueError(f'{lm.name} is quantised, and its weights cannot be put to zero: cut parts of blocks first, quantise afterwards')
-    if any(p.is_meta for p in lm.model.parameters()):
-        raise ValueError(f'Some weights of {lm.name} are not in memory (offloaded): load it whole to cut parts of blocks')
+    away = any(p.is_meta for p in lm.model.parameters())
+    if away: raise ValueError(f'Some weights of {lm.name} are not in memory (offloaded): load it whole to cut parts of blocks')
+
+def _remembered(lm, find, blocks):
+    "`find(lm, blocks)`, asked once for each block of a model"
+    _require_weights(lm)
     known = _FOUND.setdefault(lm.model, {})
     new = [i for i in blocks if (find,i) not in known]
     if new: known.update({(find,i):v for i,v in find(lm, new).items()})
@@ -233,7 +240,8 @@ def _require_both(lm, i, names):
     "Raise unless block `i` has two sub-layers (or had)"
     gone = [k for k,v in names.items() if not v and lm.kept[i] not in lm.zeroed[k]]
     what = ' and no '.join({'mlp':'MLP'}.get(k, k) for k in gone)
-    if gone: raise ValueError(f'Block {i} of {lm.name} has no {what} to tell apart from the rest of it: drop the whole block instead')
+    it = f'Block {i} of {lm.name}'
+    if gone: raise ValueError(f'{it} has no {what} to tell apart from the rest of it: drop the whole block instead')
 
 def _require_unshared(lm, i, mods):
     "Raise if something else in the model uses the weights of these modules of block `i`"
@@ -249,7 +257,7 @@ def _each_on_a_view(lm, blocks):
     with evaluating(view): yield from zip(blocks, stack, block_calls(view, stack))
 
 def _find_sublayers(lm, blocks):
-    out,guess,shared = {},None,{}
+    out,guess,shared = {},_NO_GUESS,{}
     for i,block,call in _each_on_a_view(lm, blocks):
         try: out[i] = guess = projections_in(block, call, guess, shared)
         except ValueError as e:
@@ -287,6 +295,13 @@ class Channels:
         "Which slices go with these channels"
         return {k:torch.isin(index, torch.tensor(channels)) for k,index in self.slices.items()}
 
+    def read(self,
+        channels # Numbers of some
+    )->dict:     # {tensor of the output projection, by its own name: (axis, indices of slices)}
+        "Where these channels are read"
+        named = [(k.rpartition('.'), axis, v) for (k,axis),v in self.going(channels).items()]
+        return {k:(axis, v.nonzero()[:,0]) for (path,_,k),axis,v in named if path==self.projection}
+
     def __repr__(self):
         def times(index): return f'{(index>=0).sum().item()//self.n} x '*bool((index>=0).sum()>self.n)
         return f'{self.n} channels: ' + ', '.join(f'{times(v)}{k}[{":, "*axis}c]' for (k,axis),v in self.slices.items())
@@ -322,16 +337,17 @@ def _given(block, call, name, seed):
     return seen[-1]
 
 # %% ../../nbs/core/09_units.ipynb #n017
+def _answer(reads, code, x, params):
+    "{(tensor, axis): bool for each slice}: who feels the channels that have a 1 in `code`"
+    sent = (x*code).sum()+reads(code.expand(1, 1, -1)).sum() # back into what feeds them, on into what reads them
+    grads = torch.autograd.grad(sent, list(params.values()), retain_graph=True, allow_unused=True)
+    yes = {k:(g!=0)[...,None] for k,g in zip(params, grads) if g is not None}
+    return {(k,axis):v.movedim(axis, 0).flatten(1).any(1).cpu() for k,v in yes.items() for axis in range(v.ndim-1)}
+
 def _answers(block, call, name, seed):
     "(number of channels, {(tensor, axis): bool, shape (digits, slices)}): which slices answered yes to which digit"
     x,params = _given(block, call, name, seed),dict(block.named_parameters())
-    reads,codes = block.get_submodule(name),channel_codes(x.shape[-1]).to(x)
-    def ask(code):
-        sent = (x*code).sum()+reads(code.expand(1, 1, -1)).sum() # backwards into what feeds them, forwards into what reads them
-        grads = torch.autograd.grad(sent, list(params.values()), retain_graph=True, allow_unused=True)
-        yes = {k:(g!=0)[...,None] for k,g in zip(params, grads) if g is not None}
-        return {(k,axis):v.movedim(axis, 0).flatten(1).any(1).cpu() for k,v in yes.items() for axis in range(v.ndim-1)}
-    asked = [ask(c) for c in codes]
+    asked = [_answer(block.get_submodule(name), c, x, params) for c in channel_codes(x.shape[-1]).to(x)]
     return x.shape[-1],{k:torch.stack([o[k] for o in asked]) for k in asked[0]}
 
 def _spelled(answers, m):
@@ -372,13 +388,13 @@ def find_neurons(
 )->dict:   # {block: `Channels`}
     "The channels of some MLPs"
     if any('in_place' in s for s in lm.record.get('steps', ())):
-        raise ValueError(f'Neurons of {lm.name} are zeros in their old places already: name all that are to go in one plan, and cut the model that has them')
+        raise ValueError(f'Some neurons of {lm.name} are zeros in their old places: name all that are to go in one plan for the whole model')
     return _remembered(lm, _find_neurons, blocks)
 
 def _find_neurons(lm, blocks):
-    homes,out = find_sublayers(lm, 'mlp', blocks),{}
-    for i,block,call in _each_on_a_view(lm, blocks):
-        try: out[i] = channels_in(block, call, _only_matrix(block, homes[i]))
+    at,out = find_sublayers(lm, 'mlp', blocks),{}
+    for i,b,call in _each_on_a_view(lm, blocks):
+        try: out[i] = channels_in(b, call, _only_matrix(b, at[i]))
         except (ValueError,TypeError,LookupError,RuntimeError) as e:
             raise ValueError(f'No channels were found in the MLP of block {i} of {lm.name}: {one_line(e)}') from None
         _require_unshared(lm, i, {k.rpartition('.')[0] for k,_ in out[i].slices})
@@ -449,9 +465,7 @@ def mask_neurons(
     units,zeros = job.plan.units['neuron'],[]
     _require_channels(job.lm, found, units)
     for i,where in found.items():
-        reads,own = job.stack[i].get_submodule(where.projection),f'{where.projection}.'
-        going = [(k.removeprefix(own), axis, v) for (k,axis),v in where.going(units[i]).items() if k.startswith(own)]
-        mask = ChannelMask(torch.tensor(units[i]), {k:(axis, v.nonzero()[:,0]) for k,axis,v in going})
+        reads,mask = job.stack[i].get_submodule(where.projection),ChannelMask(torch.tensor(units[i]), where.read(units[i]))
         reads.register_forward_pre_hook(mask), reads.register_state_dict_post_hook(mask)
         zeros += [(reads, k) for k in mask.places]
     return zeros
@@ -460,9 +474,10 @@ def write_masks(
     model # A view; changed
 ):
     "Masks become zeros in tensors of their own"
-    for m,mask in [(m, h) for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, ChannelMask)]:
-        for hooks in (m._forward_pre_hooks, m._state_dict_hooks):
-            for at in [k for k,h in hooks.items() if isinstance(h, ChannelMask)]: del hooks[at]
+    hooks = [(m, h) for m in model.modules() for h in m._forward_pre_hooks.values()]
+    for m,mask in [o for o in hooks if isinstance(o[1], ChannelMask)]:
+        for own in (m._forward_pre_hooks, m._state_dict_hooks):
+            for at in [k for k,h in own.items() if h is mask]: del own[at]
         for k in mask.places: _change(m, k, lambda t: mask.zeroed(k, t))
 
 def _change(module, name, f):
@@ -546,15 +561,18 @@ def _copy_width(model, new, old, width):
         for k,v in module_settings(a).items():
             if type(v) is int and v*width==getattr(b, k, 0)*old: setattr(a, k, v*width//old)
 
+def _fitting(model):
+    "What `model` is rebuilt as, if all shapes fit"
+    try: return new if tensor_shapes(new := rebuilt(model))==tensor_shapes(model) else None
+    except Exception: return None # its config holds what is not allowed
+
 def _set_width(view, old, width):
-    "Write the new width into the config, under the word that the model is built from: with it all shapes fit"
-    cfg,model = view.config.get_text_config(),view.model
-    want,values = tensor_shapes(model),dict(vars(cfg))
+    "Write the new width into the config, under the word that the model is built from"
+    cfg = view.config.get_text_config()
+    values = dict(vars(cfg))
     for field in [k for o in (old, None) for k,v in values.items() if v==o and k[0]!='_']:
         setattr(cfg, field, width)
-        try:
-            if tensor_shapes(new := rebuilt(model))==want: return _copy_width(model, new, old, width)
-        except Exception: pass # no such value is allowed there, so this is not the word
+        if new := _fitting(view.model): return _copy_width(view.model, new, old, width)
         setattr(cfg, field, values[field])
     raise NoWord('its config has no word for another width')
 
@@ -566,10 +584,9 @@ def slice_neurons(
     "Channels are cut out of every tensor that has slices of them"
     units = job.plan.units['neuron']
     before,width = _one_width(find_units(job.lm, 'neuron', job.plan.keep), units, job.lm)
-    for i,where in found.items():
-        for (name,axis),going in where.going(units[i]).items():
-            path,_,own = name.rpartition('.')
-            stay = (~going).nonzero()[:,0]
+    for i,at in found.items():
+        for (name,axis),going in at.going(units[i]).items():
+            (path,_,own),stay = name.rpartition('.'),(~going).nonzero()[:,0]
             _change(job.stack[i].get_submodule(path), own, lambda t: t.index_select(axis, stay.to(t.device)))
     _set_width(job.view, before, width)
     return []
@@ -592,7 +609,8 @@ def check_plan(
     if not isinstance(plan, Plan):
         raise TypeError(f'Surgery takes a Plan, such as Plan({lm.n}, (4,5)) or the .best(n) of some Scores, not {type(plan).__name__}')
     if plan.n!=lm.n: raise ValueError(f'This plan is for a model of {plan.n} blocks, but {lm.name} has {lm.n}')
-    if odd := {*plan.gone}-{*kinds}: raise ValueError(f'This is not done for {", ".join(odd)}, only for {", ".join(kinds)}: {plan}')
+    odd = {*plan.gone}-{*kinds}
+    if odd: raise ValueError(f'This is not done for {", ".join(odd)}, only for {", ".join(kinds)}: {plan}')
     if not hasattr(lm.model, 'save_pretrained') or hasattr(lm.model, 'peft_config') or hasattr(lm.model, '_orig_mod'):
         raise ValueError(f'{lm.name} is wrapped in a {type(lm.model).__name__}: merge adapters and unwrap compiled models before a cut')
     if (said := getattr(lm.config.get_text_config(), 'num_hidden_layers', None))!=lm.n:

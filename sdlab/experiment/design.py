@@ -154,8 +154,6 @@ class Planner:
 # %% ../../nbs/experiment/02_design.ipynb #c011
 def _choose(planner, name, arms): # The best of all candidates by their validation items
     steps,options = arms[name],candidates(arms[name])
-    if planner.seen is None:
-        raise ValueError(f'The arm {name} has tried values: give `validation`, the tasks by which to choose.')
     nodes = [_validating(planner, {**arms, name:o}, name) for o in options]
     tables = planner.score(nodes)
     if tables is None: planner.open += nodes
@@ -163,7 +161,8 @@ def _choose(planner, name, arms): # The best of all candidates by their validati
     planner.settled |= {choice_of(a):b for a,b in zip(steps, best) if a.tried}
 
 def _validating(planner, arms, name): # The node that asks the first student of an arm the validation items
-    return place(step('judge'), {**walk(arms, name, planner.start), 'tasks':planner.seen})
+    if planner.seen: return place(step('judge'), {**walk(arms, name, planner.start), 'tasks':planner.seen})
+    raise ValueError(f'The arm {name} has tried values: give `validation`, the tasks by which to choose.')
 
 def _best(planner, name, steps, options, tables): # With a word in the table of choices
     by = {k for s in steps for t in s.tried.values() for k in t.by}

@@ -6,6 +6,7 @@
 __all__ = ['Forecast', 'forecast']
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c002
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
@@ -39,28 +40,30 @@ def forecast(
     ask=(),  # Questions (default: all)
 )->Forecast:
     "What a design would do, without doing any of it"
-    claimed = settings_in(out, 'study') if out is not None else None
-    folder = Path(out)/'steps' if claimed else Path('none')
-    done = {p.parent.name:finished(p.parent)['seconds'] for p in folder.glob('*/done.json')}
+    out = Path(out or 'none')
+    claimed = settings_in(out, 'study') or {}
+    done = {p.parent.name:finished(p.parent)['seconds'] for p in out.glob('steps/*/done.json')}
     def score(nodes):
-        if all(n.key in done for n in nodes): return [kept_value(folder/n.key, 'table') for n in nodes]
-    planner = Planner(design, roots(design, None, (claimed or {}).get('fingerprint')), score)
+        if all(n.key in done for n in nodes): return [kept_value(out/'steps'/n.key, 'table') for n in nodes]
+    planner = Planner(design, roots(design, None, claimed.get('fingerprint')), score)
     return _summed(planner.planned(design.asked(ask)), planner.open, done)
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c006
 def _summed(planned, still_open, done): # The tables of a forecast
     arms = [(q, a, runs) for q,of in planned.items() for a,runs in of.items()]
     ends = [r.ends for *_,runs in arms for r in runs]
-    uses = pd.Series([k for o in ends for k in family(o)]).value_counts()
+    uses = Counter(k for o in ends for k in family(o))
     nodes = family([n for o in ends for n in o]+still_open)
-    rows = pd.DataFrame([_step_row(n, done, uses) for n in nodes.values()])
-    what = dict(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean'))
-    steps = rows.groupby(['step', 'function'], sort=False).agg(**what).reset_index().round(1)
+    steps = _by_kind(pd.DataFrame([_step_row(n, done, uses[k]) for k,n in nodes.items()]))
     return Forecast(pd.DataFrame([_arm_row(*o) for o in arms]), steps, len(still_open))
 
 def _step_row(node, done, uses):
-    told = dict(done=node.key in done, uses=uses.get(node.key, 0), seconds=done.get(node.key))
+    told = dict(done=node.key in done, uses=uses, seconds=done.get(node.key))
     return dict(step=node.step.name, function=short_name(node.step.function), **told)
+
+def _by_kind(rows):
+    what = dict(runs=('done', 'size'), done=('done', 'sum'), shared=('uses', 'mean'), seconds=('seconds', 'mean'))
+    return rows.groupby(['step', 'function'], sort=False).agg(**what).reset_index().round(1)
 
 def _arm_row(question, arm, runs):
     return dict(question=question, arm=arm, students=len(runs), steps=' > '.join(s.name for s in runs[0].steps))

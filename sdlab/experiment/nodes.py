@@ -178,16 +178,20 @@ def take_and_keep(
     files=FILES,# Where in it the value stays; `None`: nowhere
 ):            # The value
     "A step in its folder"
-    state = {v:given[k] for k,v in node.step.needs.items() if k in given}
-    parents = {k:given[k] for k in node.step.parents}
-    value = take(node.step, State(**state), parents, folder, node.seed or 0, row_writer(folder/'progress.jsonl'))
-    if node.gives!='table' and type(value).__name__ not in RESULTS:
-        raise TypeError(f'The step {node.step.name} said it gives {node.gives} and gave a {type(value).__name__}.')
+    s = node.step
+    state = State(**{v:given[k] for k,v in s.needs.items() if k in given})
+    parents = {k:given[k] for k in s.parents}
+    value = take(s, state, parents, folder, node.seed or 0, row_writer(folder/'progress.jsonl'))
+    _require_kind(s, type(value).__name__)
     if node.gives=='lm': write_json(folder/'spent.json', last_training(value))
     if files: keep_value(folder, files[node.gives], value)
     return value
 
 # %% ../../nbs/experiment/01_nodes.ipynb #c014
+def _require_kind(step, kind): # What a step gives is what it said
+    if step.gives=='table' or kind in RESULTS: return
+    raise TypeError(f'The step {step.name} said it gives {step.gives} and gave a {kind}.')
+
 def row_writer(path): # Function that adds a row of a training's log to a file, for whoever watches
     path.unlink(missing_ok=True)
     def write(row):

@@ -65,10 +65,11 @@ def names_of(f): # What can be said of a function flatly: {name: default}
     return out
 
 def folded(f, given): # Flat settings as arguments of `f`
-    values = {k:{o:given[o] for o in vars(v) if o in given} for k,v in values_of(f).items()}
-    inside = {o for v in values.values() for o in v}
-    rest = {k:v for k,v in given.items() if k not in inside}
-    return rest|{k:replace(values_of(f)[k], **v) for k,v in values.items() if v}
+    given = dict(given)
+    for k,v in values_of(f).items():
+        inside = {o:given.pop(o) for o in vars(v) if o in given}
+        if inside: given[k] = replace(v, **inside)
+    return given
 
 # %% ../../nbs/experiment/00_steps.ipynb #c012
 STEPS = {o.rpartition(':')[2]:f'sdlab.{o}' for o in (                   # Short name -> 'module:name'
@@ -149,11 +150,10 @@ def step(
 )->Step:
     "A function to be called later"
     f = function if callable(function) else found_function(function)
-    gives,names = result_of(f),names_of(f)
-    if gives is None:
-        raise ValueError(f'{short_name(f)} does not say what it gives: annotate it as ->{", ->".join(RESULTS)}.')
-    if len(values)>len(names): raise ValueError(f'{short_name(f)} takes {len(names)} settings, not {len(values)}.')
-    return Step(name or short_name(f), f, checked_settings(f, dict(zip(names, values))|settings), gives)
+    gives,names,word = result_of(f),names_of(f),short_name(f)
+    if gives is None: raise ValueError(f'{word} does not say what it gives: annotate it, as in ->LM.')
+    if len(values)>len(names): raise ValueError(f'{word} takes {len(names)} settings, not {len(values)}.')
+    return Step(name or word, f, checked_settings(f, dict(zip(names, values))|settings), gives)
 
 # %% ../../nbs/experiment/00_steps.ipynb #c017
 def is_seeded(

@@ -148,11 +148,12 @@ class Study(StudyArms):
         "A student of this study; one that was not kept is trained once more, where the study was run"
         keys = {r['seed']:r['lm'] for r in self.runs(arm, question)}
         refuse_unknown(f'{arm} with seed', [seed], keys)
-        if keys[seed] is None: return self._walker.lm if self._walker else opened_model(self.settings['source'], **at)
-        lm = self.value(keys[seed], **at)
+        key,walker = keys[seed],self._walker
+        if key is None: return walker.lm if walker else opened_model(self.settings['source'])
+        lm = self.value(key, **at)
         if lm is not None: return lm
-        if self._walker is None: raise ValueError(f'{arm} was not kept: run with keep={arm!r}.')
-        return self._walker.student(keys[seed])
+        if walker: return walker.student(key)
+        raise ValueError(f'{arm} was not kept: run with keep={arm!r}.')
     def cost(self, run): # What a student was made by, and what that took
         folder = self.folder(run['lm'] or 'none')
         spent = folder/'spent.json'
@@ -207,7 +208,9 @@ class Walker:
         return [self.runner.value(n) for n in nodes]
     def finish(self, nodes, planned): # What will be done is told before it is
         self.nodes |= family(nodes)
-        write_json(self.out/'design.json', described_design(self, planned))
+        told = described_nodes(self.nodes, planned)
+        self.runner.titles = {k:n['title'] for k,n in told.items()}
+        write_json(self.out/'design.json', described_design(self, planned)|dict(nodes=told))
         finish_all(self.runner, nodes, self.running.pause)
     def walk(self):
         "Everything that is asked for"
@@ -226,14 +229,13 @@ def dropped_models(planned, nodes, keep): # Keys of students that need not stay 
     above = {v.key for n in nodes.values() if n.gives!='table' for v in n.above}
     return {k for _,k in runs}-wanted-above
 
-def described_nodes(walker, planned): # {key: what it is}, with a title that names the first arm that needs it
+def described_nodes(nodes, planned): # {key: what it is}, with a title that names the first arm that needs it
     arm_of,out = {},{}
     for a,runs in ((a, runs) for arms in planned.values() for a,runs in arms.items()):
         arm_of = dict.fromkeys(family([n for r in runs for n in r.ends]), f' ({a})')|arm_of
-    for k,n in walker.nodes.items():
+    for k,n in nodes.items():
         seed = f', seed {n.seed}' if n.seed else ''
         out[k] = dict(n.described(), title=n.step.name+arm_of.get(k, '')+seed)
-    walker.runner.titles = {k:n['title'] for k,n in out.items()}
     return out
 
 def described_run(run): # {seed, lm, judge, tables, steps}
@@ -244,10 +246,10 @@ def described_run(run): # {seed, lm, judge, tables, steps}
 def described_design(walker, planned): # What lies in design.json
     d,lm = walker.design,walker.lm
     source = lm.name if isinstance(d.teacher, LM) else d.teacher
-    told = dict(name=d.name, teacher=lm.name, fingerprint=lm.fingerprint, source=source, baseline=d.baseline)
-    told |= dict(about=d.about, versions=versions(), tasks=keep_tasks(d, walker.out), choices=walker.planner.choices)
+    told = dict(teacher=lm.name, fingerprint=lm.fingerprint, source=source, versions=versions())
+    told |= {k:getattr(d, k) for k in ('name', 'baseline', 'about')}
     questions = {q:{a:list(map(described_run, runs)) for a,runs in arms.items()} for q,arms in planned.items()}
-    return told|dict(nodes=described_nodes(walker, planned), questions=questions)
+    return told|dict(choices=walker.planner.choices, tasks=keep_tasks(d, walker.out), questions=questions)
 
 def keep_tasks(design, out): # How each is judged; the items lie beside, for whoever wants to ask them again
     (out/'tasks').mkdir(exist_ok=True)

@@ -494,10 +494,10 @@ def _trained(job, folder):
     facts,trainer = job.facts,job.trainer(folder)
     with holding_zeros(trainer.network(), job.zeros): step = trainer.run()
     facts = as_json(facts | trainer.outcome(step) | dict(versions=versions('trl','peft')))
-    healed = job.healed(_network(job, gathered(trainer.model)), facts)
-    if trainer.lasting and trainer.args.should_save: _keep(healed, folder, job, facts)
+    new = job.healed(_network(job, gathered(trainer.model)), facts)
+    if trainer.lasting and trainer.args.should_save: _keep(new, folder, job, facts)
     trainer.accelerator.wait_for_everyone()
-    return healed
+    return new
 
 def train(
     method,                  # Method: `Supervised`, `Logits`, `OnPolicy`, or one of your own

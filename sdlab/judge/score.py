@@ -8,18 +8,16 @@ __all__ = ['score', 'total', 'named_tasks', 'require_same_tokens', 'score_all']
 # %% ../../nbs/judge/00_score.ipynb #c002
 import math,warnings
 import torch
-from ..core.data import collate,completion_ids,context,encode,in_length_order,restored
+from ..core.data import completion_ids,context,encode
 from ..core.generate import Decoding,generate,prepared_prompts
 from ..core.answers import Task,agree,extract
-from ..measure.scan import Likelihood,scan
+from ..measure.scan import Likelihood,scan_rows
 
 # %% ../../nbs/judge/00_score.ipynb #c008
 def _nll_and_tokens(lm, rs, size):
-    "(nats, tokens) of what counts in every encoded row, in their order; run in order of length"
-    order = in_length_order([len(r['input_ids']) for r in rs])
-    several = (collate(lm.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size))
-    got, = scan(lm, several, Likelihood())
-    return restored(got['nll'].tolist(), order), restored(got['tokens'].tolist(), order)
+    "(nats, tokens) of what counts in every encoded row, in their order"
+    nll,n = scan_rows(lm, rs, Likelihood(), size).T
+    return nll.tolist(),n.long().tolist()
 
 def _fit(lm, rs, keep):
     "Rows cut to what the model can read: their start is kept, or their end"

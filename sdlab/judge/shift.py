@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from html import escape
 import numpy as np
 import torch
-from ..core.data import collate,context,encode,in_length_order,restored
+from ..core.data import context,encode
 from ..core.generate import Decoding,generate,prepared_prompts
-from ..core.hooks import evaluating
 from ..core.plot import bars
-from ..measure.scan import Divergence,Concat,forward,counted_tokens,scan,token_kl
+from ..measure.scan import Divergence,Concat,scan_rows
 from ..measure.text import rouge_l
 from ..heal.rewrite import surprise
 from ..core.stats import central95,resampled_ratio,comparison_verdict
@@ -27,23 +26,15 @@ class TokenKL(Divergence):
         self,
         reference, # The `LM` to compare with, of the same vocabulary
     ): self.reference,self.tally = reference,Concat()
-    def end(self, batch, logits=None):
-        with evaluating(self.reference.model): p = forward(self.reference, batch, logits=True)
-        m = counted_tokens(batch).cpu()
-        kl = token_kl(p, logits)[:,:-1].cpu().double().masked_fill(~m, 0).sum(-1)
-        self.tally += Concat((torch.stack([kl, m.sum(-1).double()], -1),))
-    def result(self):
-        kl,n = self.tally.all.unbind(-1)
-        return dict(kl=kl, tokens=n.long())
+    def end(self, batch, logits): self.tally += Concat((self.sums(batch, logits),))
+    def result(self): return self.tally.all
 
 def _kl(lm, teacher, rows, size):
     "Nats and tokens of every row, in order; rows that no longer fit are cut"
     n = context(lm)
     rs = [{k:v[:n] for k,v in encode(teacher.tokenizer, r).items()} for r in rows]
-    order = in_length_order([len(r['input_ids']) for r in rs])
-    several = (collate(teacher.tokenizer, [rs[i] for i in order[a:a+size]]) for a in range(0, len(rs), size))
-    got, = scan(lm, several, TokenKL(teacher))
-    return restored(got['kl'].tolist(), order), restored(got['tokens'].tolist(), order)
+    kl,tokens = scan_rows(lm, rs, TokenKL(teacher), size).T
+    return kl.tolist(),tokens.long().tolist()
 
 # %% ../../nbs/judge/03_shift.ipynb #c009
 def _embedder(embed):

@@ -7,7 +7,7 @@ __all__ = ['centred_gram', 'Hsic', 'hsic', 'linear_cka', 'median_distance', 'cen
            'Kernels', 'CKASettings', 'kernels', 'cka']
 
 # %% ../../nbs/measure/05_cka.ipynb #c002
-import hashlib,json,math
+import math
 from dataclasses import dataclass,replace
 import torch
 from ..core.data import encoded,fingerprint,rows
@@ -300,9 +300,9 @@ def _kernels_of(lm, texts, made, batch_size):
     "`Kernels` whose parts are made when asked for"
     if isinstance(lm, Kernels): return lm
     enc,how = encoded(lm, texts, end=False),made[1]                # the last token should be a word of the text
-    ids = hashlib.sha256(json.dumps([o['input_ids'] for o in enc]).encode()).hexdigest()[:16]
-    parts = _parts(_clouds(lm, enc, how, batch_size), how)
-    return Kernels(parts, tuple(map(len, how.order(len(enc)))), (*lm.kept, lm.teacher_n), lm.name, lm.dtype, made, ids)
+    parts,groups = _parts(_clouds(lm, enc, how, batch_size), how),map(len, how.order(len(enc)))
+    ids = fingerprint([str(o['input_ids']) for o in enc])
+    return Kernels(parts, tuple(groups), (*lm.kept, lm.teacher_n), lm.name, lm.dtype, made, ids)
 
 def kernels(
     lm,                # The model, an `LM`
@@ -317,8 +317,10 @@ def kernels(
     for k in found.parts:
         parts.append(replace(k, rows=k.rows.cpu(), points=None))
         if points: kept.append(k.points.cpu())
-    back = torch.tensor(sum(how.order(len(texts)), [])).argsort(stable=True)
-    return replace(found, parts=tuple(parts), points=torch.cat(kept, 1)[:,back] if points else None)
+    found = replace(found, parts=tuple(parts))
+    return replace(found, points=_in_order(kept, how.order(len(texts)))) if points else found
+
+def _in_order(clouds, groups): return torch.cat(clouds, 1)[:,torch.tensor(sum(groups, [])).argsort(stable=True)]
 
 # %% ../../nbs/measure/05_cka.ipynb #c040
 _BLANK = ('it has the same state for every text',

@@ -197,6 +197,7 @@ def _count(lm, built, plan, context, dtype, whole=None):
     "What remains under `plan` of a model"
     (model,cfg),n = built,plan.n
     if n!=cfg.num_hidden_layers: raise ValueError(f'This plan is for {n} blocks, the model has {cfg.num_hidden_layers}: make the plan from scores of this model')
+    if plan.units: raise ValueError(f'What {", ".join(plan.units)}s cost is not counted from a plan: prune the model, and ask for the cost of the result')
     path = getattr(lm, 'path', None) or largest_stack(model, n)
     blocks,left = model.get_submodule(path),_left(model, path, plan.drop)
     head,size,top_k = model.get_output_embeddings(),_width(lm, cfg, dtype),getattr(cfg, 'num_experts_per_tok', None) or 1

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SITES', 'NEEDS', 'RunningMean', 'as_double', 'Meter', 'Concat', 'forward_pass', 'forward', 'ready_batch',
            'logit_parts', 'unpadded_parts', 'batch_parts', 'PassObserver', 'ablated_blocks', 'asking_for_gradients',
-           'pass_with_gradients', 'read_batch', 'scan_steps', 'scan', 'progress_bar', 'last_token', 'DataFingerprint',
-           'row_nll', 'token_nll', 'counted_tokens', 'counted_sums', 'Likelihood', 'scan_rows', 'token_kl',
-           'require_counted', 'Divergence']
+           'pass_with_gradients', 'pass_for', 'read_batch', 'scan_steps', 'scan', 'progress_bar', 'last_token',
+           'DataFingerprint', 'row_nll', 'token_nll', 'counted_tokens', 'counted_sums', 'Likelihood', 'scan_rows',
+           'token_kl', 'require_counted', 'Divergence']
 
 # %% ../../nbs/measure/00_scan.ipynb #c002
 import copy,hashlib,inspect,operator
@@ -264,14 +264,17 @@ def pass_with_gradients(lm, batch):
         found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return dict(logits=logits.detach(), gradients=dict(zip(weights, found)))
 
+def pass_for(lm, batch, needs):
+    "One pass, and what is needed of it"
+    if 'gradients' in needs: return pass_with_gradients(lm, batch)
+    return dict(logits=forward(lm, batch, 'logits' in needs))
+
 def read_batch(lm, batch, meters, ablated):
     "One batch through the model, seen by all `meters`"
-    observer,needs = PassObserver(lm, batch, meters, ablated),{o for m in meters for o in m.needs}
+    observer = PassObserver(lm, batch, meters, ablated)
     for m in meters: m.start(lm, batch)
     with evaluating(lm.model):
-        with observer.looking():
-            if 'gradients' in needs: got = pass_with_gradients(lm, batch)
-            else: got = dict(logits=forward(lm, batch, 'logits' in needs))
+        with observer.looking(): got = pass_for(lm, batch, {o for m in meters for o in m.needs})
         if len(_bad_rows(observer.last, batch['attention_mask'])): _blame(lm, batch)
         observer.last = None
         for m in meters: m.end(batch, **{k:got[k] for k in m.needs})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCE', 'EXACT', 'MEASURES', 'by_span', 'span_sums', 'UnitChoice', 'Scores', 'units_in_share', 'require_count',
-           'span_sizes', 'units_asked', 'best_plan', 'summed_spans', 'score_table', 'plot_units', 'plot_spans',
-           'best_table', 'Measure', 'measure_named', 'measured', 'measured_steps']
+           'span_sizes', 'units_asked', 'best_plan', 'reason', 'summed_spans', 'score_table', 'plot_units',
+           'plot_spans', 'ring_lowest', 'best_table', 'Measure', 'measure_named', 'measured', 'measured_steps']
 
 # %% ../../nbs/measure/01_scores.ipynb #c002
 import difflib,inspect,math
@@ -152,8 +152,8 @@ def span_sizes(
 
 def units_asked(s, n, share, even):
     "How many units are to go, from a number or a share"
-    if even and not s.of_units: raise ValueError(f'`even` is for units within blocks, and these are {s.what}')
-    total = s.total//s.L if even else s.total
+    if even and not s.of_units: raise ValueError('`even` is for units within blocks only')
+    total = s.total//(s.L if even else 1)
     if share is not None: n = units_in_share(share, total, s.what)
     require_count(n, total, s.what if s.of_units else 'blocks')
     if not s.of_spans or n in s.sizes: return n
@@ -163,9 +163,14 @@ def best_plan(s, n, even):
     "The plan of `Scores.best`"
     chosen,found = s.lowest(n, even),dict(metric=s.metric, texts=s.texts)
     if not s.of_units: found['scores'] = (s.of_size(n) if s.of_spans else s.values).tolist() # what it was chosen from
-    why = f'the lowest {s.metric}, at most {s.highest(chosen):.3g}, over {s.texts} texts'
-    if s.of_spans: why = '{} {:.3g} ± {:.1g} over {} texts'.format(s.metric, *s.score(chosen[0], n), s.texts)
-    return Plan(s.L, why=why if s.texts else s.metric, evidence=found|s.evidence, **s.fields(chosen))
+    return Plan(s.L, why=reason(s, chosen), evidence=found|s.evidence, **s.fields(chosen))
+
+def reason(s, chosen):
+    "Why these units, for people"
+    if not s.texts: return s.metric
+    if not s.of_spans: return f'the lowest {s.metric}, at most {s.highest(chosen):.3g}, over {s.texts} texts'
+    v,e = s.score(chosen[0], len(chosen))
+    return f'{s.metric} {v:.3g} ± {e:.1g} over {s.texts} texts'
 
 def summed_spans(s):
     "`Scores` of blocks, added up over spans"
@@ -175,15 +180,15 @@ def summed_spans(s):
 
 # %% ../../nbs/measure/01_scores.ipynb #c010
 def score_table(s):
-    "The table of `Scores.frame`"
+    "The table of `Scores.frame`, spans size by size"
     import pandas as pd
-    known = ~s.values.isnan()
-    at = known.T.nonzero(as_tuple=True)[::-1] if s.of_spans else known.nonzero(as_tuple=True) # spans size by size
-    found = dict(metric=s.metric, part=s.part, first=at[0])
-    if s.of_units: found['unit'] = at[1]
-    found['size'] = at[1]+1 if s.of_spans else 1
+    ok = ~s.values.isnan()
+    at = ok.T.nonzero(as_tuple=True)[::-1] if s.of_spans else ok.nonzero(as_tuple=True)
+    out = dict(metric=s.metric, part=s.part, first=at[0])
+    if s.of_units: out['unit'] = at[1]
+    out['size'] = at[1]+1 if s.of_spans else 1
     e = s.values*math.nan if s.stderr is None else s.stderr
-    return pd.DataFrame(found|dict(value=s.values[at].tolist(), stderr=e[at].tolist(), n=s.texts))
+    return pd.DataFrame(out|dict(value=s.values[at].tolist(), stderr=e[at].tolist(), n=s.texts))
 
 def plot_units(s, ax, best, **kwargs):
     "Bars of blocks, a map of units"
@@ -193,15 +198,17 @@ def plot_units(s, ax, best, **kwargs):
     return bars(s.kept or range(s.L), s.values, ax=ax, err=s.stderr, **words)
 
 def plot_spans(s, ax, best, **kwargs):
-    "The triangle of spans"
+    "The triangle of spans, from size 1 up"
     first = 'dropped' if s.part=='block' else f'that loses its {s.unit}'
     words = dict(xlabel=f'first block {first}', ylabel=f'{s.what} dropped', ylim=(.5,s.L+.5))
     if s.kept not in (None,tuple(range(s.L))): words |= dict(xticks=range(s.L), xticklabels=s.kept)
-    grid = F.pad(s.values.T, (0,0,1,0), value=math.nan) # so that y is the size
+    grid = F.pad(s.values.T, (0,0,1,0), value=math.nan)
     ax = heat(grid, ax=ax, label=s.metric, **words|kwargs)
-    low = [s.lowest(n)[0] for n in s.sizes]
-    if best: ax.plot(low, s.sizes, 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
+    if best: ring_lowest(s, ax)
     return ax
+
+def ring_lowest(s, ax): # the lowest span of each size
+    ax.plot([s.lowest(n)[0] for n in s.sizes], s.sizes, 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
 
 def best_table(s):
     "What is best to drop, in Markdown"
