@@ -52,12 +52,13 @@ def test_page_is_in_its_wing(module):
 
 # manners
 def unexplained(name, f, skip=()):
-    "What is missing from `f`: its docstring, or the comment of an argument"
+    "What is missing from `f`: its docstring, or the comment of an argument. A method's docstring may name its arguments instead"
     from fastcore.docments import docments
     if not (inspect.getdoc(f) or '').strip(): yield f'{name}: no docstring'
     docs, plain = docments(f, full=True), lambda p: p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    told = re.findall(r'`(\w+)`', inspect.getdoc(f) or '') if '.' in name else ()
     for p in filter(plain, inspect.signature(f).parameters.values()):
-        if p.name not in ('self', 'cls', *skip) and not getattr(docs.get(p.name), 'docment', None): yield f'{name}: no comment on {p.name}'
+        if p.name not in ('self', 'cls', *skip, *told) and not getattr(docs.get(p.name), 'docment', None): yield f'{name}: no comment on {p.name}'
 
 def unexplained_class(name, c):
     "The same of a class: itself, its fields, its methods (one that overrides an explained one needs nothing)"
@@ -83,6 +84,8 @@ def test_everything_public_is_explained(module):
 def test_that_the_explained_check_can_fail():
     def silent(x, y): pass
     assert list(unexplained('silent', silent))==['silent: no docstring', 'silent: no comment on x', 'silent: no comment on y']
+    def brief(self, x, y): "Adds `x`"
+    assert list(unexplained('A.brief', brief))==['A.brief: no comment on y'] and len(list(unexplained('brief', brief)))==2
 
 FAMILIES = 'llama mistral mixtral qwen gemma phi gpt2 gpt-2 neox opt falcon bloom starcoder olmo granite cohere smollm stablelm glm mamba deepseek'.split()
 def named(node):

@@ -58,7 +58,10 @@ def _choice(text):
 # %% ../../nbs/core/11_answers.ipynb #c008
 RULES = dict(final=_final, integer=_integer, choice=_choice, exact=lambda t: _bare_answer(t) or None)
 
-def check_rule(rule):
+def check_rule(
+    rule # A name in `RULES`, None, or a function (answer, reference) -> bool
+):
+    "`rule`, if it is one"
     if rule is None or callable(rule) or rule in RULES: return rule
     raise ValueError(f"There is no rule {rule!r}: expected {', '.join(map(repr, RULES))}, None, or a function (answer, reference) -> bool.")
 

@@ -49,7 +49,11 @@ def _normal(row, form=0):
     if isinstance(said, list) and said: said = said[-1]['content']
     return dict(prompt=prompt, completion=said) | {k:v for k,v in row.items() if k not in used}
 
-def plain_text(o): return o if isinstance(o, str) else ' '.join(m['content'] for m in o or [])
+def plain_text(
+    o # A text, or a list of {role, content}
+):
+    "The text of a prompt or an answer, its turns one after the other"
+    return o if isinstance(o, str) else ' '.join(m['content'] for m in o or [])
 
 # %% ../../nbs/core/02_data.ipynb #c007
 _SUFFIX = ('.json', '.jsonl', '.csv', '.parquet')
@@ -95,7 +99,9 @@ def _read(source, split, **kwargs):
     return source
 
 # %% ../../nbs/core/02_data.ipynb #c008
-def dataset_of(rows):
+def dataset_of(
+    rows # List of dicts
+):
     "A `Dataset` with every column that any row has"
     from datasets import Dataset
     cols = list(dict.fromkeys(k for r in rows for k in r))

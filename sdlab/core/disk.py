@@ -68,6 +68,7 @@ class StoredModel:
     def record(self): return read_long(read_record(getattr(self.config, 'sdlab', None)), self.folder/LONG_FILE)
     @property
     def dtype(self):
+        "What most of its weights are kept in"
         if self.config.dtype: return getattr(torch, str(self.config.dtype).split('.')[-1])
         return next(t.dtype for t in self.tensors.values() if t.is_floating_point())
     @property
@@ -114,7 +115,9 @@ def _filled_in(model):
     return model
 
 # %% ../../nbs/core/10_disk.ipynb #c013
-def renaming_rules(model):
+def renaming_rules(
+    model # A model of `transformers`
+):
     "How names on disk become names in `model`, by `transformers`: (renamings, converters)"
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -205,7 +208,11 @@ def skeleton(
 # %% ../../nbs/core/10_disk.ipynb #c023
 def _bytes(t): return memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'' # of a tensor that lies in memory, or is mapped
 
-def tensor_pieces(t): return (t.reshape(-1)[a:a+2**22] for a in range(0, t.numel(), 2**22)) # pieces of one tensor
+def tensor_pieces(
+    t # A tensor
+):
+    "One tensor in pieces of 4 Mi numbers"
+    return (t.reshape(-1)[a:a+2**22] for a in range(0, t.numel(), 2**22))
 
 def _kind(dtype):
     "What safetensors calls a torch dtype"
@@ -238,7 +245,10 @@ def require_empty(
     if out.is_mount() or out==Path.cwd(): raise ValueError(f'{out} cannot be replaced by another folder (it is where a disk is mounted, or where this program runs): give a folder inside it')
     return out
 
-def write_config_and_tokenizer(lm, part):
+def write_config_and_tokenizer(
+    lm,  # `LM`
+    part # The folder
+):
     "All that belongs to a model beside its weights"
     m = lm.model
     write_words(lm, part)

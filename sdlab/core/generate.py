@@ -162,7 +162,9 @@ class _Rows:
         return _Rows(self.live+o.live, torch.cat([self.x, o.x]), mask, torch.cat([self.pos, o.pos]), self.cache)
 
 # %% ../../nbs/core/07_generate.ipynb #c018
-def require_finite(logits):
+def require_finite(
+    logits # Of any shape
+):
     "Raise rather than answer with noise"
     if logits.amax(-1).isfinite().all(): return logits
     raise ValueError('The model gives NaN or infinite logits: '
@@ -214,7 +216,9 @@ class Decoder(_Answers):
             ended,self.ended = self.ended,[]
             yield ended
 
-    def by_rows(self, wait):
+    def by_rows(self,
+        wait # Numbers of the prompts, in the order in which they begin
+    ):
         "By forward passes of our own; a row that has ended makes room for another"
         rows,size = _Rows([]),self.how.batch_size
         self.known = inspect.signature(self.lm.model.forward).parameters
@@ -225,25 +229,33 @@ class Decoder(_Answers):
             else: rows = self.step(rows)
             yield
 
-    def begun(self, rows):
+    def begun(self,
+        rows # Numbers of prompts
+    ):
         "`rows` before their first token"
         b = self.batch(rows)
         return _Rows(rows, b['input_ids'], b['attention_mask'], b['position_ids'], growing_cache(self.lm.model))
 
-    def step(self, r):
+    def step(self,
+        r # Rows that are being answered
+    ):
         "`r` one token later, without the rows that have ended"
         ids = self.pick(self.logits(r), r.live).to(r.mask.device)
         mask = torch.cat([r.mask, r.mask.new_ones(len(ids), 1)], -1)
         stay = [k for k,(i,t) in enumerate(zip(r.live, ids.tolist())) if not self.take(i, t)]
         return _Rows(r.live, ids[:,None], mask, r.pos[:,-1:]+1, r.cache).keep(stay)
 
-    def logits(self, r):
+    def logits(self,
+        r # Rows that are being answered
+    ):
         "Of the next token of each row"
         kw = dict(input_ids=r.x, attention_mask=r.mask, position_ids=r.pos, past_key_values=r.cache,
                   use_cache=True, logits_to_keep=1)
         return require_finite(self.lm.model(**{k:v for k,v in kw.items() if k in self.known}).logits[:,-1])
 
-    def by_model(self, wait):
+    def by_model(self,
+        wait # Numbers of the prompts, in the order in which they begin
+    ):
         "By the model's own `generate`, for models with other kinds of cache; a batch at a turn"
         size = self.how.batch_size
         for a in range(0, len(wait), size):
@@ -328,7 +340,11 @@ def _run_decoder(decoder, progress, on_batch):
             if on_batch and ended: on_batch([(i, decoder.text(i)) for i in ended])
 
 # %% ../../nbs/core/07_generate.ipynb #c032
-def stream_answer(lm, prompt, max_new_tokens):
+def stream_answer(
+    lm,            # `LM`
+    prompt,        # A string, a conversation, or token ids
+    max_new_tokens # At most
+):
     "The answer to one prompt so far, after each token"
     ids,limit = prepared_prompts(lm, [prompt], '', max_new_tokens)
     decoder = Decoder(lm, ids, limit, Decoding())

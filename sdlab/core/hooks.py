@@ -142,18 +142,18 @@ class LinearInputs(TorchFunctionMode):
         return self.names[i],self.params[i]
 
     def note_draw(self, out, stack, experts):
-        "`out` is a copy of the matrices `experts` of a stack: it remembers which"
+        "`out` is a copy of the matrices `experts` of a `stack`: it remembers which"
         if stack.ndim==3 and (found := self.owner(stack)): out.drawn_from = (*found, experts)
 
     def show(self, name, args, kwargs):
-        "Find out which factor is a parameter, and show the other"
+        "Find out which factor in `args` or `kwargs` of the product `name` is a parameter, and show the other"
         i,j,axis = PRODUCTS[name]
         x,w = (args[k] if k<len(args) else kwargs.get(o) for k,o in ((i,'input'), (j,'weight')))
         shown = self.show_input(x, w, axis, kwargs.get('offs'))
         if not shown and name!='linear' and torch.is_tensor(w) and w.ndim>1: self.show_input(w.mT, x, -1)
 
     def show_input(self, x, w, axis, ends=None):
-        "Show `x` if `w` is a parameter, a matrix of a stack, a whole stack or a draw from one; was it?"
+        "Show `x` if `w` is a parameter, one or all of a stack (`axis`, `ends`: as below) or a draw; was it?"
         if hasattr(w, 'drawn_from'): return self.show_drawn(x, axis, *w.drawn_from)
         name,p = self.owner(w) or (None,None)
         if p is None or not 0<=p.ndim-w.ndim<=1: return False
@@ -164,13 +164,13 @@ class LinearInputs(TorchFunctionMode):
         return True
 
     def show_experts(self, x, name, axis, ends):
-        "`x` has a part for each expert of a stack, or rows sorted by expert, of which `ends` says where each one ends"
+        "`x`: a part for each expert of the stack `name`, or sorted rows, each up to one of `ends`; inputs: `axis`"
         for e,o in enumerate(x if ends is None else x.tensor_split(ends.tolist())[:len(ends)]):
             if len(o): self.see(LinearMap(name, e, axis), o)
         return True
 
     def show_drawn(self, x, axis, name, p, experts):
-        "`x` has a matrix of its own for each of its rows, shape (rows, 1, in)"
+        "`x`, shape (rows, 1, in), has a matrix each, those of `experts` of the stack `p` called `name`; inputs: `axis`"
         for e in experts.unique().tolist(): self.see(LinearMap(name, e, axis), x[experts==e][:,0])
         return True
 

@@ -313,7 +313,10 @@ def require_checkpoint(
     if not files: raise FileNotFoundError(f'{path} has a config.json but no weights (*.safetensors)')
     for f in files: require_intact(f)
 
-def require_intact(f):
+def require_intact(
+    f # A .safetensors file
+):
+    "Refuse a file of weights that cannot be opened"
     from safetensors import safe_open
     try: safe_open(f, 'pt').keys()
     except Exception as e: raise ValueError(f'{f} is corrupt or cut short ({one_line(e)}); copy or download it again') from None
@@ -334,7 +337,12 @@ def model_source(
     if local: require_checkpoint(path)
     return (str(path) if local else str(id_or_path)),name
 
-def load_or_say(what, f, *args, **kwargs):
+def load_or_say(
+    what,    # The name of what is opened
+    f,       # What opens it
+    *args,
+    **kwargs
+):
     "`f(...)`, or one sentence"
     try: return f(*args, **kwargs)
     except Exception as e:

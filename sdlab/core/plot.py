@@ -28,7 +28,11 @@ def literal(
     return str(text).replace('$', r'\$')
 
 # %% ../../nbs/core/00_plot.ipynb #c016
-def axes_or_new(ax, w=4.5, h=3.2):
+def axes_or_new(
+    ax,    # Axes to draw in
+    w=4.5, # Width in inches
+    h=3.2  # Height in inches
+):
     "`ax`, or the axes of a new figure of `w` x `h` inches"
     if ax is not None: return ax
     import matplotlib.pyplot as plt

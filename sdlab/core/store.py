@@ -303,7 +303,9 @@ class Log:
         if head is not None: self.check(head)
         return rows
 
-    def check(self, head):
+    def check(self,
+        head # The first line of the file, as it was read
+    ):
         "Refuse a file that is no log, or one of other settings"
         if not isinstance(head, dict) or 'settings' not in head:
             raise ValueError(f'{self.path} is not a ledger: choose another out, or remove the file.')

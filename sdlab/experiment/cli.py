@@ -20,7 +20,10 @@ def docments(
     head = inspect.getsource(f).split('\n)', 1)[0]
     return {m[1]:m[2].strip() for m in re.finditer(r'^\s+(\w+)(?:[:=][^#\n]*)?,?\s*# (.*)$', head, re.M)}
 
-def options_of(f): # {name: (default, comment)}, groups opened
+def options_of(
+    f # A function
+):
+    "{name: (default, comment)} of a function, its values opened"
     out,docs = {},docments(f)
     for k,p in inspect.signature(f).parameters.items():
         inside = vars(p.default) if is_dataclass(p.default) else {}
@@ -29,12 +32,19 @@ def options_of(f): # {name: (default, comment)}, groups opened
         elif p.kind is not p.VAR_KEYWORD: out[k] = p.default,docs.get(k, '')
     return out
 
-def step_options(name): # {name: (default, comment)} of what can be said of a step
+def step_options(
+    name # Of a step, or None
+):
+    "{name: (default, comment)} of what can be said of a step"
     from sdlab.experiment.steps import ENGINE, ROLES, found_function
     found = options_of(found_function(name)) if name else {}
     return {k:v for k,v in found.items() if k not in ENGINE|set(ROLES)}
 
-def grouped(f, args): # Flat options as the arguments of `f`
+def grouped(
+    f,   # A function
+    args # {option: value}
+):
+    "Flat options as the arguments of `f`"
     out = dict(args)
     for k,p in inspect.signature(f).parameters.items():
         if is_dataclass(p.default): out[k] = type(p.default)(**{o:out.pop(o) for o in vars(p.default)})
@@ -89,7 +99,10 @@ COMMANDS = { # name -> (where, arguments by position, the step that it takes)
     'rewrite':(_STAGES+'stage_rewrite', ('teacher',), 'rewrite'), 'tune':(_STAGES+'stage_tune', ('student',), 'tune'),
     'recovery':(_STAGES+'stage_recovery', (), ''), 'cka':(_STAGES+'stage_cka', ('student', 'teacher'), 'cka')}
 
-def first_line(where): # Of its docstring, without importing its module
+def first_line(
+    where # A short name, or 'module:name'
+):
+    "Of a docstring, without importing its module"
     module,name = where.split(':')
     tree = ast.parse(Path(find_spec(module).origin).read_text(encoding='utf-8'))
     return next(ast.get_docstring(o) for o in tree.body if getattr(o, 'name', '')==name).splitlines()[0]

@@ -52,29 +52,48 @@ class Design:
         return {k:Question(**q) for k,q in said.items() if not names or k in names}
 
 # %% ../../nbs/experiment/02_design.ipynb #c006
-def given_rows(ds): # Rows, known by their text
+def given_rows(
+    ds # Anything that `core.data.rows` reads
+):
+    "Rows, known by their text"
     ds = with_reference(read_rows(ds))
     return Given(ds, fingerprint(ds))
 
-def given_tasks(tasks): # Items, known by their text and by how they are judged
+def given_tasks(
+    tasks # {name: `Task` or `Step`}
+):
+    "Items, known by their text and by how they are judged"
     asked = {k:t for k,t in tasks.items() if not isinstance(t, Step)}
     how = {k:[t.metric, str(t.rule), t.max_new_tokens, fingerprint(t.rows)] for k,t in asked.items()}
     return Given(asked, digest(how))
 
-def roots(design, lm, print_of): # {field of the state: `Given`}
+def roots(
+    design,  # A `Design`
+    lm,      # `LM`
+    print_of # Its fingerprint
+):
+    "{field of the state: `Given`}"
     teacher = Given(lm, print_of)
     given = dict(rows=design.rows, texts=design.texts)
     if design.texts is None and not isinstance(design.rows, Step): given['texts'] = first(read_rows(design.rows), 256)
     given = {k:given_rows(o) for k,o in given.items() if o is not None and not isinstance(o, Step)}
     return dict(given, lm=teacher, teacher=teacher, tasks=given_tasks(design.tasks))
 
-def sources_of(design): # Steps that every arm begins with
+def sources_of(
+    design # A `Design`
+):
+    "Steps that every arm begins with"
     few = step('first', n=256) if isinstance(design.rows, Step) else None # of the rows, where there are no other texts
     given = dict(rows=design.rows, texts=few if design.texts is None else design.texts)
     return [replace(o, name=k, gives=k) for k,o in given.items() if isinstance(o, Step)]
 
 # %% ../../nbs/experiment/02_design.ipynb #n002
-def varied(arms, path, value): # Every arm with one step changed
+def varied(
+    arms, # {name: steps}
+    path, # 'step.setting', or 'step'
+    value # What it is changed to
+):
+    "Every arm with one step changed"
     name,_,setting = path.partition('.')
     refuse_unknown('step', [name], {s.name for a in arms.values() for s in a})
     change = {setting:value} if setting else value
@@ -85,13 +104,24 @@ def _changed(s, change): # Other settings, or another function in its place
     if not is_function_name(word) or not isinstance(inner, dict): return s(**change)
     return replace(step(word, name=s.name, **inner), gives=s.gives)
 
-def variations(vary): # [(label, [(path, value), ...]), ...]: all combinations
+def variations(
+    vary # {'step.setting': values}
+):
+    "[(label, [(path, value), ...]), ...]: all combinations"
     options = [[(label, path, o) for label,o in labelled(path, values)] for path,values in vary.items()]
     return [(joined(k for k,*_ in parts), [o[1:] for o in parts]) for parts in product(*options)]
 
-def joined(words): return ', '.join(w for w in words if w)
+def joined(
+    words # Texts, some of them empty
+):
+    "The words that are there, with commas"
+    return ', '.join(w for w in words if w)
 
-def labelled(path, values): # [(label, value), ...]; a single value needs none
+def labelled(
+    path,  # 'step.setting'
+    values # A list, or {label: value}
+):
+    "[(label, value), ...]; a single value needs none"
     if isinstance(values, dict): return list(values.items())
     word = path.rpartition('.')[2]
     return [(f'{word} {v}' if len(values)>1 else '', v) for v in values]
@@ -107,11 +137,18 @@ def validation_score(
     shares = f[f.metric!='perplexity']
     return shares.score.mean() if len(shares) else -f.score.map(math.log).mean()
 
-def candidates(steps): # All ways to settle what is tried in them: [steps, ...]
+def candidates(
+    steps # A list of `Step`
+):
+    "All ways to settle what is tried in them: [steps, ...]"
     options = [[s(**dict(zip(s.tried, v))) for v in product(*(t.values for t in s.tried.values()))] for s in steps]
     return list(product(*options))
 
-def with_parents(names, arms): # Arms, each after those that its steps name
+def with_parents(
+    names, # Of the arms that are wanted
+    arms   # {name: steps}
+):
+    "Arms, each after those that its steps name"
     out = {}
     for n in names:
         refuse_unknown('arm', [n], arms)
@@ -119,7 +156,11 @@ def with_parents(names, arms): # Arms, each after those that its steps name
         out |= dict.fromkeys([*with_parents(above, arms), n])
     return list(out)
 
-def choice_of(s): return digest([address_of(s.function), s.settings]) # Steps with the same one are settled together
+def choice_of(
+    s # A `Step`
+):
+    "Steps with the same one are settled together"
+    return digest([address_of(s.function), s.settings])
 
 # %% ../../nbs/experiment/02_design.ipynb #c010
 class Planner:
@@ -142,7 +183,10 @@ class Planner:
             now = self.known(arms)
             if any(s.tried for s in now[n]): _choose(self, n, now)
         return self.known(arms)
-    def known(self, arms): # The same arms, with the choices that are made
+    def known(self,
+        arms # {name: steps}
+    ):
+        "The same arms, with the choices that are made"
         return {k:tuple(self.settled.get(choice_of(s), s) for s in steps) for k,steps in arms.items()}
     def planned(self,
         questions, # {name: `Question`}
@@ -174,7 +218,11 @@ def _best(planner, name, steps, options, tables): # With a word in the table of 
     return best
 
 # %% ../../nbs/experiment/02_design.ipynb #c012
-def arms_of(planner, question): # {label: (arms, name)}: each arm of a question in each of its variations
+def arms_of(
+    planner, # A `Planner`
+    question # A `Question`
+):
+    "{label: (arms, name)}: each arm of a question in each of its variations"
     names = ['teacher', *(n for n in question.compare or planner.design.arms if n!='teacher')]
     base,several = planner.settle(planner.arms, names),[]
     for label,changes in variations(question.vary or {}):
@@ -199,7 +247,13 @@ class ArmRun:
     @property
     def ends(self): return [self.judge, *self.tables.values()]
 
-def runs_of(planner, arms, name, seeds): # One for each seed that makes a difference
+def runs_of(
+    planner, # A `Planner`
+    arms,    # {name: steps}
+    name,    # Of the arm
+    seeds    # How many
+):
+    "One for each seed that makes a difference"
     out,asked = {},{k:t for k,t in planner.design.tasks.items() if isinstance(t, Step)}
     for s in range(seeds):
         end = walk(arms, name, planner.start, s)

@@ -22,8 +22,11 @@ class Forecast:
     arms:pd.DataFrame  # A row per question and arm: `students`, `steps`
     steps:pd.DataFrame # A row per kind of step: `runs`, `done`, `shared` (uses of each), `seconds` (of one)
     open:int           # Trainings by which tried values are chosen, where that is not done
-    def frame(self): return self.steps
+    def frame(self):
+        "A line for each function"
+        return self.steps
     def summary(self):
+        "How many steps, and how long they may take"
         s = self.steps
         left = ((s.runs-s.done)*s.seconds).sum(min_count=1)             # NaN where nothing is known
         minutes = '' if left!=left else f', about {left/60:.0f} minutes to go'
@@ -41,14 +44,17 @@ def forecast(
 )->Forecast:
     "What a design would do, without doing any of it"
     out = Path(out or 'none')
-    claimed = settings_in(out, 'study') or {}
-    done = {p.parent.name:finished(p.parent)['seconds'] for p in out.glob('steps/*/done.json')}
+    print_of,done = (settings_in(out, 'study') or {}).get('fingerprint'),_seconds(out)
     def score(nodes):
-        if all(n.key in done for n in nodes): return [kept_value(out/'steps'/n.key, 'table') for n in nodes]
-    planner = Planner(design, roots(design, None, claimed.get('fingerprint')), score)
+        tables = [kept_value(out/'steps'/n.key, 'table') for n in nodes if n.key in done]
+        return tables if len(tables)==len(nodes) else None
+    planner = Planner(design, roots(design, None, print_of), score)
     return _summed(planner.planned(design.asked(ask)), planner.open, done)
 
 # %% ../../nbs/experiment/04_forecast.ipynb #c006
+def _seconds(out): # {key: what it took} of what is done
+    return {p.parent.name:finished(p.parent)['seconds'] for p in out.glob('steps/*/done.json')}
+
 def _summed(planned, still_open, done): # The tables of a forecast
     arms = [(q, a, runs) for q,of in planned.items() for a,runs in of.items()]
     ends = [r.ends for *_,runs in arms for r in runs]

@@ -20,7 +20,10 @@ from .steps import RESULTS, State, Step, Tried, address_of, is_seeded, refuse_un
 from .steps import save_figure, short_name, take
 
 # %% ../../nbs/experiment/01_nodes.ipynb #c005
-def digest(value): # 12 hexadecimal digits of a JSON value
+def digest(
+    value # Anything that JSON can say
+):
+    "12 hexadecimal digits of a JSON value"
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_setting_as_json).encode()).hexdigest()[:12]
 
 def _setting_as_json(value): # A setting that JSON has no word for
@@ -59,7 +62,10 @@ class Node:
         about = json.loads(json.dumps(self.about, default=_setting_as_json))
         return dict(about, name=self.step.name, step=short_name(self.step.function), gives=self.gives)
 
-def family(nodes): # Nodes and all that they need, {key: node}, what is needed first
+def family(
+    nodes # List of `Node`
+):
+    "Nodes and all that they need, {key: node}, what is needed first"
     out = {}
     for n in nodes: out |= family(n.above)|{n.key:n}
     return out
@@ -95,14 +101,23 @@ def walk(
 # %% ../../nbs/experiment/01_nodes.ipynb #c010
 FILES = dict(lm='model', rows='data.jsonl', texts='data.jsonl', plan='plan.json', table='table.parquet')
 
-def keep_value(folder, name, value): # What a step gave, on disk
+def keep_value(
+    folder, # A folder
+    name,   # Of the file
+    value   # `LM`, `Plan`, a table or rows
+):
+    "What a step gave, on disk"
     path = folder/name
     if isinstance(value, Plan): return path.write_text(value.to_json())
     if name==FILES['table']: return _keep_table(folder, path, value)
     value.save(path) if isinstance(value, LM) else write_rows(path, value)
     shutil.rmtree(folder/'run', ignore_errors=True)                     # checkpoints, ledgers
 
-def write_rows(path, rows): # As lines of JSON
+def write_rows(
+    path, # A file
+    rows  # Rows
+):
+    "As lines of JSON"
     path.write_text(''.join(json.dumps(r, default=str)+'\n' for r in rows), encoding='utf-8')
 
 def _keep_table(folder, path, value): # Its rows, and its picture where it can draw itself
@@ -110,13 +125,21 @@ def _keep_table(folder, path, value): # Its rows, and its picture where it can d
     frame.to_parquet(path)
     if frame is not value: save_figure(value.plot(), folder/'picture.png')
 
-def kept_value(folder, gives, **at): # It again; `at` goes to `load`
+def kept_value(
+    folder, # A folder
+    gives,  # What the step gives, such as 'plan'
+    **at
+):
+    "It again; `at` goes to `load`"
     path = folder/FILES[gives]
     if not path.exists(): return None
     if gives=='plan': return Plan.from_json(path.read_text())
     return load(path, **at) if gives=='lm' else pd.read_parquet(path) if gives=='table' else read_rows(path)
 
-def last_training(lm): # What the last step on a model read and took
+def last_training(
+    lm # `LM`
+):
+    "What the last step on a model read and took"
     last = [{}, *lm.provenance.get('steps', [])][-1]
     words = 'steps', 'tokens', 'trained_tokens', 'seconds', 'generated_tokens'
     return {k:last[k] for k in words if isinstance(last.get(k), (int, float))}
@@ -135,9 +158,22 @@ class Runner:
         self.memory,self.failed = {},{}
         self.dropped = set()                                            # keys of models that need not lie on disk
         self.titles = {}                                                # {key: what a step is called}
-    def folder(self, node): return self.out/'steps'/node.key
-    def is_done(self, node): return finished(self.folder(node)) is not None
-    def tell(self, node, words): self.say(words.replace(node.key, self.titles.get(node.key, node.step.name)))
+    def folder(self,
+        node # A `Node`
+    ):
+        "Where what a node gives is kept"
+        return self.out/'steps'/node.key
+    def is_done(self,
+        node # A `Node`
+    ):
+        "Is what a node gives there?"
+        return finished(self.folder(node)) is not None
+    def tell(self,
+        node, # A `Node`
+        words # With the key of the node in it
+    ):
+        "Say `words` of a node by its title"
+        self.say(words.replace(node.key, self.titles.get(node.key, node.step.name)))
     def value(self,
         node, # `Node` or `Given`
     ):
@@ -147,7 +183,10 @@ class Runner:
         if node.key not in self.memory: self.memory[node.key] = self.found(node)
         for k in list(self.memory)[:-3]: del self.memory[k]             # models are heavy
         return self.memory[node.key]
-    def found(self, node): # From its folder, or taken
+    def found(self,
+        node # A `Node`
+    ):
+        "From its folder, or taken"
         if self.is_done(node):
             value = kept_value(self.folder(node), node.gives, **self.at)
             if value is not None: return value
@@ -192,7 +231,10 @@ def _require_kind(step, kind): # What a step gives is what it said
     if step.gives=='table' or kind in RESULTS: return
     raise TypeError(f'The step {step.name} said it gives {step.gives} and gave a {kind}.')
 
-def row_writer(path): # Function that adds a row of a training's log to a file, for whoever watches
+def row_writer(
+    path # A file
+):
+    "Function that adds a row of a training's log to a file, for whoever watches"
     path.unlink(missing_ok=True)
     def write(row):
         with open(path, 'a') as f: f.write(json.dumps(row, default=str)+'\n')

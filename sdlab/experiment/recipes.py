@@ -47,7 +47,10 @@ def read_yaml(
     except yaml.YAMLError as e: raise ValueError(f'not YAML: {" ".join(str(e).split())}') from None
 
 # %% ../../nbs/experiment/06_recipes.ipynb #c008
-def read_value(v): # {tried: [...]} is a choice, wherever it stands
+def read_value(
+    v # As the file has it
+):
+    "{tried: [...]} is a choice, wherever it stands"
     if isinstance(v, list): return [read_value(o) for o in v]
     if not isinstance(v, dict): return v
     if 'tried' not in v: return {k:read_value(o) for k,o in v.items()}
@@ -82,10 +85,19 @@ def _in_arm(said, steps): # The name of a step, one with other settings, or a fu
     return read_step(None, said)
 
 # %% ../../nbs/experiment/06_recipes.ipynb #c010
-def readable_rows(lm, ds): # Long plain texts cut to what the model can read
+def readable_rows(
+    lm, # `LM`
+    ds  # A `Dataset`
+):
+    "Long plain texts cut to what the model can read"
     return chunks(lm, ds) if len(ds) and 'text' in ds.column_names else ds
 
-def data_sides(lm, data, limit): # Rows as disjoint calibration, train and evaluation sets
+def data_sides(
+    lm,   # `LM`
+    data, # Anything that `core.data.rows` reads
+    limit # Rows at most (default: all)
+):
+    "Rows as disjoint calibration, train and evaluation sets"
     sides = split(read_rows(data, limit=limit), calibration=.2, train=.5, evaluation=.3)
     sides = {k:readable_rows(lm, v) for k,v in sides.items()}
     short = ' and '.join(k for k,v in sides.items() if len(v)<(4 if k=='calibration' else 1))
@@ -93,13 +105,25 @@ def data_sides(lm, data, limit): # Rows as disjoint calibration, train and evalu
     total = sum(map(len, sides.values()))
     raise ValueError(f'{total} rows leave too few for {short} after the split: give more rows.')
 
-def task_of(name, ds, rule, n, max_new_tokens): # By their answers where these can be told, else by perplexity
+def task_of(
+    name,          # A name
+    ds,            # Its items
+    rule,          # How answers are compared
+    n,             # Items at most
+    max_new_tokens # Of an answer
+):
+    "By their answers where these can be told, else by perplexity"
     if 'completion' in ds.column_names and rule=='auto':
         rule = 'final' if all('####' in o for o in ds['completion']) else None
     if 'text' in ds.column_names or rule in (None, 'none'): return Task(name, ds, metric='perplexity').sample(n)
     return Task(name, ds, rule=rule, max_new_tokens=max_new_tokens).sample(n)
 
-def other_tasks(lm, also, *how): # What might be forgotten; `how`: rule, n, max_new_tokens
+def other_tasks(
+    lm,   # `LM`
+    also, # Files or hub ids
+    *how
+):
+    "What might be forgotten; `how`: rule, n, max_new_tokens"
     named = {Path(str(o)).stem:readable_rows(lm, read_rows(o)) for o in also}
     return {k:task_of(k, ds, *how) for k,ds in named.items()}
 
@@ -108,7 +132,7 @@ def _pocket_side(said, side): # {name: Task} of the pocket world
     if 'pocket' not in said: raise ValueError('tasks: give {pocket: all, n: 100}, or rows: {file: PATH}.')
     names = TASKS if said['pocket']=='all' else said['pocket']
     sizes = {k:v for k,v in said.items() if k!='pocket'}
-    refuse_unknown('setting of the pocket tasks called', sizes, ('n', 'seed', *TASKS))
+    refuse_unknown('setting of pocket tasks', sizes, ('n', 'seed', *TASKS))
     refuse_unknown('pocket task', names, TASKS)
     return {k:t for k,t in pocket_tasks(split=side, **sizes).items() if k in names}
 
@@ -122,7 +146,12 @@ def _own_sides(rows, said, teacher, opening): # (rows, texts, tasks, validation)
 _OWN_TASKS = dict(also=(), rule='auto', n=200, max_new_tokens=256)
 _TEXTS,_SIDES = dict(calibration=64, seed=0),('evaluation', 'calibration') # What is measured on; judged, and chosen by
 
-def read_sources(page, teacher, opening): # (rows, texts, tasks, validation) that a recipe starts from
+def read_sources(
+    page,    # A recipe as it was read
+    teacher, # As it was given
+    opening  # Arguments of `load`
+):
+    "(rows, texts, tasks, validation) that a recipe starts from"
     rows,tasks = page['rows'],page.get('tasks') or {}
     if 'file' in rows:
         refuse_unknown('setting of rows called', rows, ('file', 'limit'))
@@ -146,17 +175,23 @@ def read_design(
     "A recipe as a design; whatever it says that nobody understands is refused by name"
     require_page(page)
     told = _some(page, 'seeds', 'name', 'baseline')|read_value(_some(page, 'questions'))
-    teacher,opening = page.get('teacher', 'pocket'),_some(page, 'dtype', 'device')
-    arms = {k:read_arm(k, v, _steps(page, 'steps')) for k,v in page['arms'].items()}
-    rows,texts,tasks,seen = read_sources(page, teacher, opening)
-    told |= dict(texts=texts, validation=seen, opening=opening, about=page)
-    return Design(teacher, rows, tasks|_steps(page, 'tables'), arms, **told)
+    given = dict(teacher=page.get('teacher', 'pocket'), opening=_some(page, 'dtype', 'device'))
+    rows,texts,tasks,seen = read_sources(page, **given)
+    given |= dict(rows=rows, tasks=tasks|_steps(page, 'tables'), texts=texts, validation=seen)
+    return Design(arms=_arms(page), about=page, **told, **given)
+
+def _arms(page):
+    steps = _steps(page, 'steps')
+    return {k:read_arm(k, v, steps) for k,v in page['arms'].items()}
 
 def _some(page, *keys): return {k:page[k] for k in keys if page.get(k)}
 
 def _steps(page, key): return {k:read_step(k, v) for k,v in (page.get(key) or {}).items()}
 
-def require_page(page): # Its keys and no others, or one sentence
+def require_page(
+    page # What was read
+):
+    "Its keys and no others, or one sentence"
     if not isinstance(page, dict): raise ValueError('A recipe is a mapping with the keys '+', '.join(KEYS)+'.')
     refuse_unknown('key', page, KEYS)
     for k in ('rows', 'arms'):
@@ -165,7 +200,8 @@ def require_page(page): # Its keys and no others, or one sentence
     if not isinstance(seeds, int) or seeds<1: raise ValueError(f'seeds is a number, at least 1, not {seeds!r}.')
 
 # %% ../../nbs/experiment/06_recipes.ipynb #c014
-def packaged_recipes(): # {name: path}
+def packaged_recipes():
+    "Recipes that come with the package: {name: path}"
     folder = resources.files('sdlab.experiment')/'assets'/'recipes'
     return {p.name.removesuffix('.yaml'):p for p in sorted(folder.iterdir()) if p.name.endswith('.yaml')}
 
@@ -181,7 +217,11 @@ def recipe_page(
     for change in set: change_page(page, change)
     return page
 
-def change_page(page, change): # 'pick.n=3'
+def change_page(
+    page,  # A recipe as it was read
+    change # 'place=value'
+):
+    "Change one setting of a recipe, such as 'pick.n=3'"
     place,equals,value = change.partition('=')
     *path,last = place.split('.')
     if not equals: raise ValueError(f'{change!r} changes nothing: write it as step.setting=value or key=value.')

@@ -28,18 +28,33 @@ from .recipes import other_tasks, packaged_recipes, readable_rows, read_design, 
 from .recipes import run_recipe
 
 # %% ../../nbs/experiment/07_stages.ipynb #c005
-def typed(command, *args, **options): # A command line that can be pasted; an option that is None or empty is left out
+def typed(
+    command,  # Such as 'prune'
+    *args,
+    **options
+):
+    "A command line that can be pasted; an option that is None or empty is left out"
     words = list(args)
     for k,v in options.items():
         if v not in (None, '', ()): words += [f"--{k.replace('_','-')}", *(v if isinstance(v, tuple) else [v])]
     return shlex.join(['sdlab', command, *map(str, words)])
 
 # %% ../../nbs/experiment/07_stages.ipynb #c008
-def require_made(path, by): # A path that an earlier stage makes, or one sentence
+def require_made(
+    path, # A file
+    by    # The command that makes it
+):
+    "A path that an earlier stage makes, or one sentence"
     if Path(path).exists() or not by or not str(path).startswith('runs/'): return
     raise FileNotFoundError(f'There is no {path} yet: `sdlab {by}` makes it; type that first, or name another one.')
 
-def stage_rows(given, model, option, own=None): # Rows by name; the pocket teacher brings its own
+def stage_rows(
+    given,   # What was typed, or None
+    model,   # As it was typed
+    option,  # Name of the option
+    own=None # Function that gives the rows of the pocket teacher
+):
+    "Rows by name; the pocket teacher brings its own"
     if given is None and model!='pocket':
         raise ValueError(f'Give --{option}: a .json, .jsonl, .csv or .parquet file, or a hub id; '
                          f'only the pocket teacher brings rows of its own (--{option} pocket).')
@@ -47,7 +62,12 @@ def stage_rows(given, model, option, own=None): # Rows by name; the pocket teach
     made = Path(given)/FILES['rows']
     return rows(made if made.exists() else given)
 
-def drawn_rows(ds, n, seed): # At most n rows, without replacement, in their order
+def drawn_rows(
+    ds,  # A `Dataset`
+    n,   # At most; 0: all
+    seed # Of what is drawn
+):
+    "At most n rows, without replacement, in their order"
     if n<0: raise ValueError(f'`n` is a number of rows, 0 for all of them, not {n}')
     if not n or len(ds)<=n: return ds
     return ds.select(sorted(random.Random(seed).sample(range(len(ds)), n)))
@@ -63,14 +83,28 @@ class Stage:
 
     @property
     def opening(self): return dict(dtype=self.dtype, device=self.device)
-    def model(self, path, by=''): # `Given` of the model there, which an earlier stage may have to make
+    def model(self,
+        path, # A folder, a hub id, or 'pocket'
+        by='' # The command that makes it
+    ):
+        "`Given` of the model there, which an earlier stage may have to make"
         require_made(path, by)
         lm = opened_model(path, **self.opening)
         return Given(lm, lm.fingerprint)
-    def rows(self, ds, n): return given_rows(drawn_rows(ds, n, self.seed))
-    def texts(self, given, name, lm, n): # Texts that `lm` can read
+    def rows(self, ds, n):
+        "At most `n` of the rows `ds`, drawn"
+        return given_rows(drawn_rows(ds, n, self.seed))
+    def texts(self,
+        given, # A file, a folder, 'pocket' or None
+        name,  # Of the model, as it was typed
+        lm,    # `Given` of the model
+        n      # At most
+    ):
+        "Texts that `lm` can read"
         return self.rows(readable_rows(lm.value, stage_rows(given, name, 'texts', pocket_calibration)), n)
-    def claim(self, out, settings): return claim(out, settings, 'stage', self.fresh, again='fresh=True (--fresh)')
+    def claim(self, out, settings):
+        "The folder `out` for what has these `settings`"
+        return claim(out, settings, 'stage', self.fresh, again='fresh=True (--fresh)')
     def take(self,
         out,    # Folder of the stage
         step,   # `Step`
@@ -87,15 +121,21 @@ class Stage:
         except BaseException:
             if {p.name for p in out.iterdir()}<={'stage.json', 'lock'}: shutil.rmtree(out)
             raise
-    def wrote(self, said, paths, *then, **options): # What it says at its end, with the command that could be typed next
+    def wrote(self, said, paths, *then, **options):
+        "What it `said` at its end, the `paths` that it wrote, and the command that could be typed next"
         line = [f'next: {typed(*then, **options, **self.opening)}'] if then else []
         return '\n'.join([said, '', 'wrote '+', '.join(map(str, paths)), *line])
 
+# %% ../../nbs/experiment/07_stages.ipynb #n001
 def _require_apart(out, reads):
     if Path(out).resolve() not in {Path(p).resolve() for p in reads}: return
     raise ValueError(f'{out} is what this stage reads: choose another --out.')
 
-def remembered(folder, key): # What an earlier stage wrote down
+def remembered(
+    folder, # A folder
+    key     # A setting
+):
+    "What an earlier stage wrote down"
     return (settings_in(folder, 'stage') or {}).get(key)
 
 # %% ../../nbs/experiment/07_stages.ipynb #c012
@@ -116,19 +156,28 @@ def stage_distances(
     return stage.wrote(str(read_plan(plan)), [plan, *made], 'prune', model, plan=plan, out=out.parent/'cut')
 
 # %% ../../nbs/experiment/07_stages.ipynb #c013
-def read_plan(path):
+def read_plan(
+    path # A .json file
+):
+    "The plan in a file"
     try: return Plan.from_json(Path(path).read_text())
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     except OSError:
         raise FileNotFoundError(f'There is no plan {path}: `sdlab distances` makes one; '
                                 'type that first, or name another with --plan.') from None
 
-def require_plan_of(lm, plan, path, anyway): # Refuse a plan that was measured on another model
-    found = plan.evidence or {}
-    of,mend = found.get('model_fingerprint'),'measure this one with `sdlab distances`'
+def require_plan_of(
+    lm,    # `LM`
+    plan,  # `Plan`
+    path,  # Of its file
+    anyway # Take it nevertheless?
+):
+    "Refuse a plan that was measured on another model"
+    get = getattr(plan.evidence, 'get', {}.get)
+    of,mend = get('model_fingerprint'),'measure this one with `sdlab distances`'
     if plan.n!=lm.n: raise ValueError(f'{path} is for a model of {plan.n} blocks, but {lm.name} has {lm.n}: {mend}.')
     if of in (None, lm.fingerprint) or anyway: return
-    raise ValueError(f'{path} was measured on another model ({found.get("model")}, {of}): {mend}, or say --anyway.')
+    raise ValueError(f'{path} was measured on another model ({get("model")}, {of}): {mend}, or say --anyway.')
 
 def stage_prune(
     model='pocket',         # Folder or hub id of the model; pocket is the teacher inside the package
@@ -191,7 +240,10 @@ def _healed(stage, out, student, name, teacher): # What the training took
     return stage.wrote(said, [out], 'recovery', teacher=teacher, **how, out=out.parent/'recovery')
 
 # %% ../../nbs/experiment/07_stages.ipynb #c022
-def read_arms(given): # ('pruned=runs/cut', ...) -> {'pruned': 'runs/cut', ...}
+def read_arms(
+    given # ('name=folder', ...)
+):
+    "('pruned=runs/cut', ...) -> {'pruned': 'runs/cut', ...}"
     arms = dict(a.partition('=')[::2] for a in given)
     good = all(re.fullmatch(r'\w[\w .+-]*', k) and v and k!='teacher' for k,v in arms.items())
     if not good or not arms or len(arms)<len(given): raise ValueError(_ARMS+f', not {" ".join(given)}.')
@@ -201,13 +253,26 @@ def read_arms(given): # ('pruned=runs/cut', ...) -> {'pruned': 'runs/cut', ...}
 _ARMS = ('Give --arms as name=folder, each with a name of its own and none called teacher, '
          'such as pruned=runs/cut self-data=runs/healed')
 
-def stage_tasks(lm, names, teacher, seed, rule, n, longest): # {name: Task} by name or file
+def stage_tasks(
+    lm,      # `LM`
+    names,   # Names, files or hub ids
+    teacher, # As it was typed
+    seed,    # Of what is drawn
+    rule,    # How answers are compared
+    n,       # Items of each
+    longest  # New tokens of an answer at most
+):
+    "{name: Task} by name or file"
     if not names and teacher!='pocket':
         raise ValueError('Give --tasks: files or hub ids to judge on; only the pocket teacher brings tasks of its own.')
     own = {k:t for k,t in pocket_tasks(n, seed=seed).items() if not names or k in names}
     return own|other_tasks(lm, [t for t in names if t not in TASKS], rule, n, longest)
 
-def seen_in_training(arms, tasks): # A line for each arm and task whose items it was trained on
+def seen_in_training(
+    arms, # {name: folder}
+    tasks # {name: `Task`}
+):
+    "A line for each arm and task whose items it was trained on"
     for a,path in arms.items():
         data = remembered(path, 'rows')
         if not data or not Path(data).exists(): continue
@@ -228,12 +293,15 @@ def stage_recovery(
 ):
     "What was lost, and what came back: teacher and students on the same items"
     arms,lm = read_arms(tuple(arms)),stage.model(teacher)
-    *_,path = arms.values()
     tasks = stage_tasks(lm.value, tasks, teacher, stage.seed, rule, n, max_new_tokens)
     models = {'teacher':lm}|{k:stage.model(v) for k,v in arms.items()}
     said,*made = _verdict(stage, Path(out), models, given_tasks(tasks))
-    how = dict(texts=_theirs(teacher, 'TEXTS'), out=Path(out).parent/'map')
-    return stage.wrote('\n'.join([said, *seen_in_training(arms, tasks)]), made, 'cka', path, teacher, **how)
+    return _recovered(stage, '\n'.join([said, *seen_in_training(arms, tasks)]), made, arms, teacher)
+
+def _recovered(stage, said, made, arms, teacher): # With the way to look into the last arm
+    *_,path = arms.values()
+    how = dict(texts=_theirs(teacher, 'TEXTS'), out=made[0].parent.parent/'map')
+    return stage.wrote(said, made, 'cka', path, teacher, **how)
 
 def _verdict(stage, out, models, tasks): # What the items say, the table, its picture, and the items
     stage.claim(out, dict(teacher=models['teacher'].key, tasks=tasks.key))
@@ -265,7 +333,7 @@ def stage_cka(
     out = stage.take(out, step('cka', **settings), fields, student, teacher)
     same = kept_value(out, 'table').query('student==teacher')
     said = ', '.join(f'{l}: {v:.3f}' for l,v in zip(same.student, same.cka))
-    return stage.wrote(f'CKA at the same layer: {said}', [out/FILES['table'], out/'picture.png'])
+    return stage.wrote(f'CKA by layer: {said}', [out/FILES['table'], out/'picture.png'])
 
 # %% ../../nbs/experiment/07_stages.ipynb #c029
 def run_command(
@@ -314,12 +382,13 @@ def study_command(
     **settings          # Of the step `tune`, for every arm
 ):
     "Prune a model, let it write its own training data, heal, judge, compare"
-    if drop<1: raise ValueError(f'`drop` is the number of blocks to drop, at least 1, not {drop!r}')
+    if drop<1: raise ValueError(f'`drop` is a number of blocks, at least 1, not {drop!r}')
     page = recipe_page('study')
     page |= dict(teacher=teacher, rows=dict(file=data, limit=limit), tasks=vars(rows), **stage.opening)
     _settle(page['steps'], dict(n=drop, tokens=tokens), rows, dict(settings, seed=stage.seed))
     if not controls: _drop_controls(page['arms'])
-    return _foreseen(page, drop) if dry_run else run_recipe(read_design(page), out, Running(fresh=stage.fresh))
+    if dry_run: return _foreseen(page, drop)
+    return run_recipe(read_design(page), out, Running(fresh=stage.fresh))
 
 def _drop_controls(arms):
     for k in list(arms):

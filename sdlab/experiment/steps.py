@@ -38,7 +38,12 @@ MODELS = {'a', 'b', 'base'}                  # Arguments that name other arms, w
 RESULTS = dict(LM='lm', Dataset='rows', Plan='plan', DataFrame='table')
 ENGINE = {'out', 'progress', 'resume', 'stop', 'on_batch'} # Arguments that are no part of a step's settings
 
-def refuse_unknown(what, names, known): # One sentence about the first name that is not known
+def refuse_unknown(
+    what,  # What the names are of, for people
+    names, # Those that were given
+    known  # Those that there are
+):
+    "One sentence about the first name that is not known"
     odd = [k for k in names if k not in known]
     if not odd: return
     words = list(map(str, known))
@@ -46,25 +51,41 @@ def refuse_unknown(what, names, known): # One sentence about the first name that
     hint = f'did you mean {near[0]!r}?' if near else f'there is {", ".join(words[:20]) or "none"}.'
     raise ValueError(f'There is no {what} {odd[0]!r}: {hint}')
 
-def needs_of(f): # {argument: field of the state}
+def needs_of(
+    f # A function
+):
+    "{argument: field of the state}"
     return {k:ROLES[k] for k in inspect.signature(f).parameters if k in ROLES}
 
-def result_of(f): # The field that its annotation speaks of
+def result_of(
+    f # A function
+):
+    "The field that its annotation speaks of"
     kind = inspect.signature(f).return_annotation
     return RESULTS.get(getattr(kind, '__name__', str(kind).strip('\'"')))
 
 # %% ../../nbs/experiment/00_steps.ipynb #c009
-def values_of(f): # {argument: default} of those whose default is a frozen value such as `Run()`
+def values_of(
+    f # A function
+):
+    "{argument: default} of those whose default is a frozen value such as `Run()`"
     return {k:p.default for k,p in inspect.signature(f).parameters.items() if is_dataclass(p.default)}
 
-def names_of(f): # What can be said of a function flatly: {name: default}
+def names_of(
+    f # A function
+):
+    "What can be said of a function flatly: {name: default}"
     out,values = {},values_of(f)
     for k,p in inspect.signature(f).parameters.items():
         if k in values: out |= vars(values[k])
         elif k not in ROLES and p.kind is not p.VAR_KEYWORD: out[k] = p.default
     return out
 
-def folded(f, given): # Flat settings as arguments of `f`
+def folded(
+    f,    # A function
+    given # {setting: value}
+):
+    "Flat settings as arguments of `f`"
     given = dict(given)
     for k,v in values_of(f).items():
         inside = {o:given.pop(o) for o in vars(v) if o in given}
@@ -79,18 +100,32 @@ STEPS = {o.rpartition(':')[2]:f'sdlab.{o}' for o in (                   # Short 
     'experiment.steps:judge experiment.steps:cka').split()}             # -> table
 _ALIASES = dict(learn='on', steps='max_steps') # Flat words -> arguments of the methods of `heal`
 
-def is_function_name(name): return name in STEPS or ':' in str(name)
+def is_function_name(
+    name # A text
+):
+    "Can it name a step: a short name, or 'module:name'?"
+    return name in STEPS or ':' in str(name)
 
-def found_function(where): # From a short name or 'module:name'
+def found_function(
+    where # A short name, or 'module:name'
+):
+    "From a short name or 'module:name'"
     if not is_function_name(where): refuse_unknown('step', [where], STEPS)
     module,_,name = STEPS.get(where, where).partition(':')
     try: return getattr(import_module(module), name)
     except (ImportError, AttributeError) as e: raise ValueError(f'There is no function {where} ({e}).') from None
 
-def address_of(f): # 'module:name'
+def address_of(
+    f # A function
+):
+    "'module:name'"
     return f'{f.__module__}:{f.__qualname__}'
 
-def short_name(f): return next((k for k,v in STEPS.items() if v==address_of(f)), f.__name__)
+def short_name(
+    f # A function
+):
+    "What a step is called"
+    return next((k for k,v in STEPS.items() if v==address_of(f)), f.__name__)
 
 # %% ../../nbs/experiment/00_steps.ipynb #c013
 @dataclass(frozen=True)
@@ -135,7 +170,11 @@ def _known_names(f, given): # A method of `heal` hands on what it does not know,
     from trl import SFTConfig
     return known|SFTConfig.__dataclass_fields__
 
-def checked_settings(f, given): # Their own names, or one sentence; what is so anyway is left out
+def checked_settings(
+    f,    # A function
+    given # {setting: value}
+):
+    "Their own names, or one sentence; what is so anyway is left out"
     known = names_of(f)
     given = {k if k in known else _ALIASES.get(k, k):v for k,v in given.items()}
     allowed = [k for k in _known_names(f, given) if k not in ENGINE]
@@ -152,7 +191,7 @@ def step(
     f = function if callable(function) else found_function(function)
     gives,names,word = result_of(f),names_of(f),short_name(f)
     if gives is None: raise ValueError(f'{word} does not say what it gives: annotate it, as in ->LM.')
-    if len(values)>len(names): raise ValueError(f'{word} takes {len(names)} settings, not {len(values)}.')
+    if len(values)>len(names): raise ValueError(f'{word} takes only {len(names)} settings.')
     return Step(name or word, f, checked_settings(f, dict(zip(names, values))|settings), gives)
 
 # %% ../../nbs/experiment/00_steps.ipynb #c017
@@ -184,19 +223,31 @@ def _engine_settings(f, folder, seed, log): # What the study says of its own, wh
     if folder and not MODELS&set(names): own['out'] = Path(folder)/'run'
     return {k:v for k,v in own.items() if k in names}
 
-def require_needs(step, found): # Everything that it cannot do without, or one sentence
+def require_needs(
+    step, # A `Step`
+    found # Fields that are known before it
+):
+    "Everything that it cannot do without, or one sentence"
     of = inspect.signature(step.function).parameters
     lost = [v for k,v in step.needs.items() if k not in found and of[k].default is inspect.Parameter.empty]
     if lost: raise ValueError(f'The step {step.name} needs {lost[0]}: put a step before it that gives that.')
 
 # %% ../../nbs/experiment/00_steps.ipynb #c020
-def keep_scores(scores, path): # As a table, and their picture beside it
+def keep_scores(
+    scores, # `Scores`
+    path    # A file
+):
+    "As a table, and their picture beside it"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scores.frame().to_csv(path, index=False)
     save_figure(scores.plot(), path.with_suffix('.png'))
 
-def save_figure(ax, path): # Write the figure that `ax` belongs to, and forget it
+def save_figure(
+    ax,  # Axes to draw in
+    path # Of the picture
+):
+    "Write the figure that `ax` belongs to, and forget it"
     import matplotlib.pyplot as plt
     ax.figure.savefig(path, dpi=130, bbox_inches='tight')
     plt.close(ax.figure)
@@ -242,7 +293,10 @@ def drop(
     return Plan(lm.n, blocks, why='chosen by hand')
 
 # %% ../../nbs/experiment/00_steps.ipynb #c023
-def with_reference(ds): # Rows whose given answer is also called `reference`
+def with_reference(
+    ds # A `Dataset`
+):
+    "Rows whose given answer is also called `reference`"
     if 'completion' not in ds.column_names or 'reference' in ds.column_names: return ds
     return ds.add_column('reference', ds['completion'])
 

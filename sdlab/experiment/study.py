@@ -39,15 +39,26 @@ class StudyFolder:
     def settings(self): return json.loads((self.out/'design.json').read_text(encoding='utf-8'))
     @property
     def questions(self): return self.settings['questions']
-    def folder(self, key): return self.out/'steps'/key
-    def done(self, key): return finished(self.folder(key)) # {'seconds': ...} or None
+    def folder(self,
+        key # Of a node
+    ):
+        "Where a step is kept"
+        return self.out/'steps'/key
+    def done(self,
+        key # Of a node
+    ):
+        "{'seconds': ...} or None"
+        return finished(self.folder(key))
     def value(self,
         key, # Of a step
         **at # Passed to `core.model.load`
     ):
         "What a step gave: an LM, rows, a plan or a table"
         return kept_value(self.folder(key), self.settings['nodes'][key]['gives'], **at)
-    def keys(self, what): # Of finished steps of a function, such as 'rewrite', or of those that give 'plan', 'lm', ...
+    def keys(self,
+        what # A function, or what it gives
+    ):
+        "Of finished steps of a function, such as 'rewrite', or of those that give 'plan', 'lm', ..."
         return [k for k,n in self.settings['nodes'].items() if what in (n['step'], n['gives']) and self.done(k)]
     @property
     def plan(self): return next(map(self.value, self.keys('plan')), None)
@@ -55,6 +66,7 @@ class StudyFolder:
     def data(self): return next(map(self.value, self.keys('rewrite')), None)
     @property
     def tasks(self):
+        "{name: `Task`} that was asked"
         how = self.settings['tasks']
         return {k:Task(k, read_rows(self.out/'tasks'/f'{k}.jsonl'), **v) for k,v in how.items()}
     @property
@@ -78,7 +90,10 @@ class StudyFolder:
         lines = path.read_text().splitlines() if path.exists() else []
         return pd.DataFrame([json.loads(o) for o in lines if o.endswith('}')])
 
-def step_status(folder): # How a step stands
+def step_status(
+    folder # A folder
+):
+    "How a step stands"
     if finished(folder) is not None: return 'done'
     if in_use(folder): return 'running'
     return 'failed' if (folder/'error.txt').exists() else 'begun' if (folder/'step.json').exists() else 'waiting'
@@ -86,7 +101,10 @@ def step_status(folder): # How a step stands
 # %% ../../nbs/experiment/03_study.ipynb #c009
 class StudyArms(StudyFolder):
     "Arms, questions and answers, as they lie in a folder, whole or in part"
-    def names(self, question=None): # Of all arms, or of one question's
+    def names(self,
+        question=None # Name of a question
+    ):
+        "Of all arms, or of one question's"
         refuse_unknown('question', [question] if question else [], self.questions)
         return list(dict.fromkeys(a for q,arms in self.questions.items() if question in (None, q) for a in arms))
     def runs(self,
@@ -154,7 +172,10 @@ class Study(StudyArms):
         if lm is not None: return lm
         if walker: return walker.student(key)
         raise ValueError(f'{arm} was not kept: run with keep={arm!r}.')
-    def cost(self, run): # What a student was made by, and what that took
+    def cost(self,
+        run # One of `Study.runs`
+    ):
+        "What a student was made by, and what that took"
         folder = self.folder(run['lm'] or 'none')
         spent = folder/'spent.json'
         told = {f'spent_{k}':v for k,v in json.loads(spent.read_text()).items()} if spent.exists() else {}
@@ -165,9 +186,15 @@ class Study(StudyArms):
         told = pd.DataFrame([dict(question=q, arm=a, **self.cost(self.runs(a, q)[0])) for q,a in done])
         scores = pd.concat([self.recovery(q).frame().assign(question=q) for q in self.finished])
         return told.merge(scores, on=['question','arm'])
-    def plot(self, ax=None, **kwargs): return self.recovery().plot(ax=ax, **kwargs)
+    def plot(self,
+        ax=None, # Axes to draw in
+        **kwargs
+    ):
+        "The picture of its recovery"
+        return self.recovery().plot(ax=ax, **kwargs)
     @property
-    def pictures(self): # {'spans' or an arm: what a step drew}
+    def pictures(self):
+        "{'spans' or an arm: what a step drew}"
         maps = {a:self.folder(self.runs(a)[0]['tables'].get('map', ''))/'picture.png' for a in self.arms()}
         spans = {'spans':self.folder(k)/'run'/'spans.png' for k in self.keys('best')[:1]}
         return {k:p for k,p in (spans|maps).items() if p.exists() and k!='teacher'}
@@ -200,13 +227,23 @@ class Walker:
         self.runner = Runner(out, dict(device_map=str(lm.device), dtype=lm.dtype), self.say)
         self.planner = Planner(design, roots(design, lm, lm.fingerprint), self.score)
         self.nodes = {}
-    def say(self, words):
+    def say(self,
+        words # A text
+    ):
+        "A line, with how far the walk is"
         done = sum(map(self.runner.is_done, self.nodes.values()))
         self.running.say(f'[{done}/{len(self.nodes)}] {words}')
-    def score(self, nodes): # Of candidates
+    def score(self,
+        nodes # List of `Node` that give scores
+    ):
+        "Of candidates"
         self.finish(nodes, {})
         return [self.runner.value(n) for n in nodes]
-    def finish(self, nodes, planned): # What will be done is told before it is
+    def finish(self,
+        nodes,  # List of `Node`
+        planned # {question: {arm: [`ArmRun`]}}
+    ):
+        "What will be done is told before it is"
         self.nodes |= family(nodes)
         told = described_nodes(self.nodes, planned)
         self.runner.titles = {k:n['title'] for k,n in told.items()}
@@ -219,17 +256,30 @@ class Walker:
         self.runner.dropped = dropped_models(planned, family(ends), self.running.keep)
         self.finish(ends, planned)
         return self
-    def student(self, key): return self.runner.value(self.nodes[key])
+    def student(self,
+        key # Of a node
+    ):
+        "The model that a node gives"
+        return self.runner.value(self.nodes[key])
 
 # %% ../../nbs/experiment/03_study.ipynb #c013
-def dropped_models(planned, nodes, keep): # Keys of students that need not stay on disk
+def dropped_models(
+    planned, # {question: {arm: [`ArmRun`]}}
+    nodes,   # {key: `Node`}
+    keep     # 'all', or the arms whose models stay
+):
+    "Keys of students that need not stay on disk"
     if keep=='all': return set()
     runs = [(a, r.lm.key) for arms in planned.values() for a,rs in arms.items() for r in rs]
     wanted = {k for a,k in runs if a in ([keep] if isinstance(keep, str) else keep)}
     above = {v.key for n in nodes.values() if n.gives!='table' for v in n.above}
     return {k for _,k in runs}-wanted-above
 
-def described_nodes(nodes, planned): # {key: what it is}, with a title that names the first arm that needs it
+def described_nodes(
+    nodes,  # {key: `Node`}
+    planned # {question: {arm: [`ArmRun`]}}
+):
+    "{key: what it is}, with a title that names the first arm that needs it"
     arm_of,out = {},{}
     for a,runs in ((a, runs) for arms in planned.values() for a,runs in arms.items()):
         arm_of = dict.fromkeys(family([n for r in runs for n in r.ends]), f' ({a})')|arm_of
@@ -238,12 +288,19 @@ def described_nodes(nodes, planned): # {key: what it is}, with a title that name
         out[k] = dict(n.described(), title=n.step.name+arm_of.get(k, '')+seed)
     return out
 
-def described_run(run): # {seed, lm, judge, tables, steps}
+def described_run(
+    run # An `ArmRun`
+):
+    "{seed, lm, judge, tables, steps}"
     lm = None if isinstance(run.lm, Given) else run.lm.key
     tables = {k:n.key for k,n in run.tables.items()}
     return dict(seed=run.seed, lm=lm, judge=run.judge.key, tables=tables, steps=list(map(str, run.steps)))
 
-def described_design(walker, planned): # What lies in design.json
+def described_design(
+    walker, # A `Walker`
+    planned # {question: {arm: [`ArmRun`]}}
+):
+    "What lies in design.json"
     d,lm = walker.design,walker.lm
     source = lm.name if isinstance(d.teacher, LM) else d.teacher
     told = dict(teacher=lm.name, fingerprint=lm.fingerprint, source=source, versions=versions())
@@ -251,7 +308,11 @@ def described_design(walker, planned): # What lies in design.json
     questions = {q:{a:list(map(described_run, runs)) for a,runs in arms.items()} for q,arms in planned.items()}
     return told|dict(choices=walker.planner.choices, tasks=keep_tasks(d, walker.out), questions=questions)
 
-def keep_tasks(design, out): # How each is judged; the items lie beside, for whoever wants to ask them again
+def keep_tasks(
+    design, # A `Design`
+    out     # A folder
+):
+    "How each is judged; the items lie beside, for whoever wants to ask them again"
     (out/'tasks').mkdir(exist_ok=True)
     asked = {k:t for k,t in design.tasks.items() if isinstance(t, Task)}
     for k,t in asked.items():
@@ -259,7 +320,12 @@ def keep_tasks(design, out): # How each is judged; the items lie beside, for who
     return {k:dict(metric=t.metric, rule=t.rule, max_new_tokens=t.max_new_tokens) for k,t in asked.items()}
 
 # %% ../../nbs/experiment/03_study.ipynb #c014
-def opened_model(teacher, dtype=None, device=None): # An LM, 'pocket', or what `load` reads
+def opened_model(
+    teacher,    # `LM`, 'pocket', or what `load` reads
+    dtype=None, # Of the weights (default: as stored)
+    device=None # Where to put it
+):
+    "An LM, 'pocket', or what `load` reads"
     if isinstance(teacher, LM): return teacher
     return load(None if teacher=='pocket' else teacher, dtype=dtype, device_map=device)
 
@@ -291,7 +357,12 @@ def study(
 
 # %% ../../nbs/experiment/03_study.ipynb #c016
 @contextmanager
-def helped(design, out, running): # Other processes that walk the same design meanwhile
+def helped(
+    design, # A `Design`
+    out,    # A folder
+    running # A `Running`
+):
+    "Other processes that walk the same design meanwhile"
     import torch
     was,share = torch.get_num_threads(),thread_share(running.workers, design.teacher)
     process,what = get_context('spawn').Process,(design, out, share, running.ask, running.keep)
@@ -303,7 +374,11 @@ def helped(design, out, running): # Other processes that walk the same design me
         torch.set_num_threads(was)
         for p in others: p.kill()
 
-def thread_share(workers, teacher): # Threads for each of them
+def thread_share(
+    workers, # Processes, at least 1
+    teacher  # As it was given
+):
+    "Threads for each of them"
     if workers<1: raise ValueError(f'`workers` is a number of processes, at least 1, not {workers}.')
     if workers>1 and isinstance(teacher, LM):
         raise ValueError('Several workers each open the teacher themselves: give its folder or hub id, or workers=1.')

@@ -146,15 +146,28 @@ class TeacherDivergence:
     "How far the student is from the teacher, for trainers"
     # method: with `teacher`, `beta`, `temperature` and `chunk`
 
-    def divergence(self, net, batch, at):
+    def divergence(self,
+        net,   # A network
+        batch, # A batch
+        at     # Where it counts, shape (B, T-1)
+    ):
+        "Summed over the positions that count"
         net,how = without_adapters(net),self.method
         with self.accelerator.autocast():
             return summed_divergence(net, how.teacher.model, batch, at, how.beta, how.temperature, how.chunk)
-    def readers(self): return [*super().readers(), self.method.teacher.model]
+    def readers(self):
+        "The teacher reads the batch, too"
+        return [*super().readers(), self.method.teacher.model]
 
 class LearnsDistributions(TeacherDivergence):
     "The loss is the mean divergence over the labelled tokens"
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self,
+        model,                  # The network, as the trainer wraps it
+        inputs,                 # A batch
+        return_outputs=False,   # The logits, too?
+        num_items_in_batch=None # Tokens that count, over all processes
+    ):
+        "The divergence from the teacher per token that counts"
         from trl.models.utils import _ForwardRedirection
         net,at = self.accelerator.unwrap_model(model),inputs['labels'][:,1:]!=-100
         batch = {k:v for k,v in inputs.items() if k!='labels'}

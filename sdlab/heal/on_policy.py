@@ -39,11 +39,19 @@ class LearnsOwnAnswers(TeacherDivergence):
     fixed = None # In a step on the rows' own answers: these
     rolled = ()  # (length, did it end?) of the answers since the last row of the log
 
-    def __init__(self, student, *args, **kwargs):
+    def __init__(self,
+        student, # `LM`
+        *args,
+        **kwargs
+    ):
         super().__init__(student, *args, **kwargs)
         self.eos_token_ids = sorted(student.stops)                           # all that end an answer, not EOS alone
 
-    def counted(self, inputs): return inputs                                 # questions: nothing to count yet
+    def counted(self,
+        inputs # A batch
+    ):
+        "The batch as it is: of questions nothing is counted yet"
+        return inputs
     def _tokenize_prompts(self, prompts): return prompts, None, {}           # they are ids already
 
     def _generate_and_score_completions(self, inputs):
@@ -71,12 +79,17 @@ class LearnsOwnAnswers(TeacherDivergence):
         return loss/(at.sum() if num_items_in_batch is None else num_items_in_batch), loss.new_zeros(()), at.sum()
 
     def more_to_log(self):
+        "How long its answers were, and how many ended"
         if not self.rolled: return {}
         lengths,ended = zip(*self.rolled)
         self.rolled = ()
         return dict(rollout=sum(lengths)/len(lengths), ended=sum(ended)/len(ended))
 
-    def log(self, logs, start_time=None):
+    def log(self,
+        logs,           # {column: value}
+        start_time=None # Of the training
+    ):
+        "A line of the log, without TRL's own measures"
         for o in self._metrics.values(): o.clear()
         super().log(logs, start_time)
 
@@ -137,7 +150,11 @@ class OnPolicy(Logits):
         if len(good)<len(asked): warnings.warn(f'{gone} and were dropped.', stacklevel=5)
         return dataset_of(good)
 
-    def question(self, tok, row, room):
+    def question(self,
+        tok, # A tokenizer
+        row, # One row
+        room # Tokens that there is room for
+    ):
         "A question as ids, with its row's own answer, as far as there is room, if that will be learned from"
         prompt,answer = prompt_ids(tok, row['prompt']),[]
         if self.share<1: answer = completion_ids(tok, row['completion'], row.get('ended') is not False)

@@ -74,6 +74,7 @@ class Weights:
 
     @property
     def settings(self):
+        "What makes the result another one"
         last = {} if self.last is None else dict(last=self.last)
         return dict(lora=adapter_settings(self.lora)) | last
 
@@ -167,7 +168,11 @@ def _would_fill(learn, zeros):
     plain = learn.lora.peft_type=='LORA' and not (learn.lora.use_dora or learn.lora.target_parameters)
     return not (learn.merge and plain)
 
-def is_quantised(lm): return bool(getattr(lm.model, 'is_quantized', False))
+def is_quantised(
+    lm # `LM`
+):
+    "Are its weights kept in few bits?"
+    return bool(getattr(lm.model, 'is_quantized', False))
 
 # %% ../../nbs/heal/02_train.ipynb #c016
 @dataclass(frozen=True)
@@ -190,6 +195,7 @@ class Evaluation:
     higher:bool=False       # Is more of it better?
 
     def check(self):
+        "Refuse what cannot be watched"
         asked = self.rows is not None or self.probe is not None
         if self.patience is not None and not asked:
             raise ValueError('Early stopping needs something to watch: give valid rows or a probe.')
@@ -198,7 +204,8 @@ class Evaluation:
                              'leave Evaluation out and judge the finished model, or train without FSDP.')
 
     @property
-    def settings(self): # early stopping decides which weights come back
+    def settings(self):
+        "What decides which weights come back: early stopping does"
         held = {} if self.rows is None else dict(valid=fingerprint(normal_rows(self.rows)))
         if self.patience is None: return held
         return held | dict(patience=self.patience, watch=self.watch, higher=self.higher, every=self.every)
@@ -240,17 +247,29 @@ class Method:
         common = dict(on=self.on, epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
         return common | dict(max_length=self.max_length, sft=self.fields)
 
-    def check(self, student, rows): "Refuse what cannot be learned from"
-    def examples(self, student, rows): raise NotImplementedError('the Dataset that the trainer reads')
-    def held_out(self, student, rows): raise NotImplementedError('what `core.data.encode` gives, one per row')
-    def ordered(self, examples, steps, args): return examples # the rows of the whole run, if it lays them out itself
+    def check(self, student, rows):
+        "Refuse `rows` that `student` cannot learn from"
+    def examples(self, student, rows):
+        "The Dataset that the trainer reads, from `rows` for `student`"
+        raise NotImplementedError('the Dataset that the trainer reads')
+    def held_out(self, student, rows):
+        "What `core.data.encode` gives of held-out `rows` for `student`, one for each"
+        raise NotImplementedError('what `core.data.encode` gives, one per row')
+    def ordered(self, examples, steps, args):
+        "The rows of the whole run of `steps`, where a method lays out `examples` itself (`args`: of the trainer)"
+        return examples
 
     learns = () # classes that come before TRL's trainer, with losses of their own
-    def trl(self): # TRL's trainer and its config
+    def trl(self):
+        "TRL's trainer and its config"
         from trl import SFTConfig,SFTTrainer
         return SFTTrainer,SFTConfig
-    def allowed(self): return self.trl()[1] # whose fields the caller may set
-    def own_fields(self, steps): return dict(max_length=None)
+    def allowed(self):
+        "The config whose fields a caller may set"
+        return self.trl()[1]
+    def own_fields(self, steps):
+        "Fields of the config that the method sets for a run of `steps`"
+        return dict(max_length=None)
 
     def check_fields(self):
         "Refuse what is no field of the trainer's config, or one that has a name of its own here"
@@ -263,12 +282,15 @@ class Method:
             raise TypeError(f'{k} is no argument of {self.op} and no field of {config.__name__}{near or "."}')
 
 # %% ../../nbs/heal/02_train.ipynb #c019
-def world_size(): return int(os.environ.get('WORLD_SIZE', 1))
+def world_size():
+    "Processes of this run"
+    return int(os.environ.get('WORLD_SIZE', 1))
 
 def runs_on_cpu(
     method,  # Method
     student, # LM
 )->bool:
+    "Is this training to use the CPU?"
     return method.fields.get('use_cpu', student.device.type=='cpu')
 
 def step_count(
@@ -399,10 +421,11 @@ def _require_room(folder, job):
 
 def _keep(lm, folder, job, facts):
     "The finished model in `folder`, there whole or not at all; what only resuming needs is removed"
+    apart = bool(job.learn.lora) and not job.learn.merge
     with replacing(folder/'model') as part:
-        if job.learn.merge: lm.save(part)
+        if not apart: lm.save(part)
         else: lm.model.save_pretrained(part)
-    finish(folder, adapters=not job.learn.merge, facts=facts)
+    finish(folder, adapters=apart, facts=facts)
     for p in [*folder.glob('checkpoint-*'), *folder.glob('best*'), folder/'partial']:
         clear(p)
 
@@ -433,16 +456,18 @@ class Training:
     zeros:dict            # Masks of what has to stay zero
 
     @property
-    def facts(self): # for the record
+    def facts(self):
+        "For the record of the student"
         what = dict(data=fingerprint(self.rows), rows=len(self.examples), seed=self.run.seed)
         return what | self.method.settings | self.learn.settings
     @property
-    def settings(self): # for the folder
+    def settings(self):
+        "For the folder of the run"
         whom = dict(op=self.method.op, student=self.student.fingerprint, merge=self.learn.merge)
         return whom | self.facts | self.evaluation.settings
 
     def trainer(self, folder):
-        "The method's trainer, ready to run on a copy of the student"
+        "The method's trainer, ready to run on a copy of the student, with its checkpoints in `folder`"
         how,lm,steps = self.method,self.student,step_count(self.method, len(self.examples))
         net,args = self.network(),trainer_config(how, lm, steps, self.run, folder)
         trl = dict(model=net, args=args, train_dataset=how.ordered(self.examples, steps, args))
@@ -452,7 +477,7 @@ class Training:
         return new
 
     def watched(self, steps):
-        "The evaluation as the trainer gets it"
+        "The evaluation as the trainer gets it for a run of `steps`"
         asked = self.held or self.evaluation.probe
         every = self.evaluation.every or max(1, steps//4)
         return replace(self.evaluation, rows=self.held, every=every if asked else 0)
@@ -469,7 +494,7 @@ class Training:
         raise ValueError(_ALL_FROZEN.format(student.name))
 
     def healed(self, net, facts):
-        "The trained network as a student, with one more step in its record"
+        "The trained network `net` as a student, with `facts` as one more step in its record"
         return self.student.after(self.method.op, net, f'{self.student.name} {self.method.done}', **facts)
 
 # %% ../../nbs/heal/02_train.ipynb #c028

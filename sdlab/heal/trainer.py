@@ -22,10 +22,17 @@ from ..measure.scan import Likelihood,scan
 class BareTrainer:
     "No telemetry, no model card, no count of operations, no metrics from the logits"
     def _send_telemetry(self): pass
-    def create_model_card(self, *args, **kwargs): pass
-    def floating_point_ops(self, inputs): return 0
+    def create_model_card(self, *args, **kwargs):
+        "None: `LM.save` writes the card"
+        pass
+    def floating_point_ops(self,
+        inputs # A batch
+    ):
+        "Not counted"
+        return 0
 
     def compute_loss(self, *args, **kwargs):
+        "The plain loss where TRL would only add measures to it"
         from transformers import Trainer
         plain = getattr(self.args, 'loss_type', None)=='nll' and not self.aux_loss_enabled
         return Trainer.compute_loss(self, *args, **kwargs) if plain else super().compute_loss(*args, **kwargs)
@@ -56,18 +63,25 @@ class TokenCounter:
     maskless = None # Is training the same without masks? Known after the first batch with padding
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        "One step of `model` on `inputs`, of which `num_items_in_batch` tokens count; timed and counted"
         if not self.began: self.began = time.perf_counter()-self.seconds
         return super().training_step(model, self.counted(inputs), num_items_in_batch)
 
-    def counted(self, inputs):
+    def counted(self,
+        inputs # A batch
+    ):
         "The batch that the model gets, once its tokens are counted"
         ids,mask = inputs['input_ids'],inputs.get('attention_mask')
         self.count(torch.ones_like(ids) if mask is None else mask, inputs['labels'][:,1:]!=-100)
         return self.unmasked(inputs)
 
-    def count(self, read, learned): self.tokens += torch.stack([read.sum(), learned.sum()]).to(self.tokens.device)
+    def count(self, read, learned):
+        "Add what is `read` and what is `learned` from, a mask each"
+        self.tokens += torch.stack([read.sum(), learned.sum()]).to(self.tokens.device)
 
-    def unmasked(self, inputs):
+    def unmasked(self,
+        inputs # A batch
+    ):
         "The batch without its mask, once that was proved to change nothing"
         mask = inputs.get('attention_mask')
         if mask is None or mask.all(): return inputs
@@ -90,12 +104,15 @@ class TokenCounter:
         return dict(tokens=read, trained_tokens=learned, seconds=self.seconds)
 
     def log(self, logs, start_time=None):
+        "`logs` as a line of the log, with what was counted (`start_time`: of the training)"
         if 'train_runtime' in logs: return
         if 'loss' in logs:
             known = dict(loss=logs['loss'], lr=logs['learning_rate'], grad_norm=logs.get('grad_norm'))
             logs = known | self.counts() | self.more_to_log()
         super().log(logs, start_time)
-    def more_to_log(self): return {}
+    def more_to_log(self):
+        "What a method adds to a line"
+        return {}
 
 # %% ../../nbs/heal/01_trainer.ipynb #c010
 def last_checkpoint(
@@ -138,13 +155,20 @@ class AtomicCheckpoints:
             raise OSError(self.why_unwritten(e, had)) from e
         finally: self.partial = None
 
-    def why_unwritten(self, e, had):
+    def why_unwritten(self,
+        e,  # What went wrong
+        had # (step, folder) of the checkpoint before, if any
+    ):
+        "One sentence for a checkpoint that could not be written"
         reason = getattr(e, 'strerror', None) or str(e).splitlines()[0]
         then = f'it goes on from step {had[0]}.' if had else 'it starts from the beginning.'
         return (f'The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir} '
                 f'({reason}): make room there and run the same call again; {then}')
 
-    def settle(self, place, name):
+    def settle(self,
+        place, # Where it belongs
+        name   # Of its folder
+    ):
         "Put the whole checkpoint in its place, and remove the one before it"
         self.accelerator.wait_for_everyone()
         counts = self.counts()
@@ -155,7 +179,9 @@ class AtomicCheckpoints:
         for p in {*place.glob('checkpoint-*')}-{place/name}: clear(p)
 
 # %% ../../nbs/heal/01_trainer.ipynb #c014
-def on_main_thread(): return threading.current_thread() is threading.main_thread()
+def on_main_thread():
+    "Are we on the thread that gets signals?"
+    return threading.current_thread() is threading.main_thread()
 
 @contextmanager
 def own_random_state():
@@ -219,7 +245,9 @@ class EarlyStopping:
         "(value, step, evaluations since then)"
         return best_evaluation(self.state.log_history, self.evaluation.watch, self.evaluation.higher)
 
-    def judge(self, found):
+    def judge(self,
+        found # {column: value} of an evaluation
+    ):
         "Keep the weights if these are the best so far; stop if it has been too long"
         if self.evaluation.patience is None: return
         if (watch := self.evaluation.watch) not in found:
@@ -228,9 +256,16 @@ class EarlyStopping:
         if step==self.state.global_step: self.keep_best(step)
         self.control.should_training_stop |= since>=self.evaluation.patience
 
-    def best_file(self, step): return Path(self.args.output_dir)/f'best-{step}.safetensors'
+    def best_file(self,
+        step # At which they were the best
+    ):
+        "Where the best weights lie"
+        return Path(self.args.output_dir)/f'best-{step}.safetensors'
 
-    def keep_best(self, step):
+    def keep_best(self,
+        step # At which they are the best
+    ):
+        "Write the weights that are learned, in place of the best before"
         from safetensors.torch import save_file
         if self.args.should_save:
             learned = {k:p.detach().cpu().clone() for k,p in self.model.named_parameters() if p.requires_grad}
@@ -264,9 +299,12 @@ class StudentEvaluation:
     def current_student(self):
         "The student as it is now"
         return self.student._with(self.network())
-    def readers(self): return [self.network()]
+    def readers(self):
+        "Networks that read the batch"
+        return [self.network()]
 
     def evaluate(self, *args, **kwargs):
+        "Look at the student as it is now"
         lm = self.current_student()
         with self.untimed(), own_random_state(), evaluating(lm.model):
             found = evaluated(lm, self.evaluation.rows, self.evaluation.probe)
@@ -290,7 +328,7 @@ class RunControl:
         self.bar,self.asked,self.stopped = None,False,False
 
     def wants_stop(self, device):
-        "Does `stop` say so, in any process of this run?"
+        "Does `stop` say so, in any process of this run? They tell each other over `device`"
         if self.stop is None: return False
         answer = torch.tensor(float(bool(self.stop())), device=device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -299,14 +337,17 @@ class RunControl:
         return self.stopped
 
     def on_train_begin(self, args, state, control, **kwargs):
+        "Open the bar (`args`, `state`, `control`: of the trainer, here and below)"
         from tqdm.auto import tqdm
         how = dict(desc=self.title, unit='step', disable=self.show is not True)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, **how)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        "Ask once before the first step whether to stop (`args`, `state`, `control`: of the trainer)"
         if not self.asked and self.wants_stop(args.device): raise StopRequested
 
     def on_step_end(self, args, state, control, **kwargs):
+        "Say in `control` what is due by `state` and `args`: an end, a line, an evaluation, a checkpoint"
         end = state.global_step>=state.max_steps
         control.should_training_stop |= not end and self.wants_stop(args.device)
         end |= self.stopped
@@ -314,14 +355,18 @@ class RunControl:
         control.should_evaluate |= bool(self.every) and (end or state.global_step%self.every==0)
         self.bar.update(1)
 
-    def on_evaluate(self, args, state, control, **kwargs): self.asked = False
+    def on_evaluate(self, args, state, control, **kwargs):
+        "Ask again at the next step (`args`, `state`, `control`: of the trainer)"
+        self.asked = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        "Show the line `logs` (`args`, `state`, `control`: of the trainer)"
         if callable(self.show): self.show(dict(logs, step=state.global_step, steps=state.max_steps))
         hidden = LOG_COLUMNS-{'loss','valid_loss'}
         self.bar.set_postfix({k:f'{v:.3g}' for k,v in logs.items() if k not in hidden}, refresh=False)
 
     def close(self):
+        "Close the bar"
         if self.bar is not None: self.bar.close()
 
 # %% ../../nbs/heal/01_trainer.ipynb #c030

@@ -69,7 +69,11 @@ def _moved(
 
 class RewindableReader:
     "A model that has read the beginning of every row, and can unread the end"
-    def __init__(self, lm, rows, head=True):
+    def __init__(self,
+        lm,       # `LM`
+        rows,     # Token ids of each row
+        head=True # Logits, or only the stream?
+    ):
         self.lm,self.head,self.cache,self.h = lm,head,growing_cache(lm.model),None
         if self.cache is None: raise ValueError(f'{lm.name} remembers more than keys and values (a recurrent state, say) and cannot take a drafted token back: only models with attention can draft or be drafted for')
         _layers(self.cache)
@@ -77,11 +81,15 @@ class RewindableReader:
         self.at = self.good = [0]*rows                 # tokens of each row in the cache; those of them that still hold
         self.width = self.calls = self.tokens = self.heads = 0
 
-    def forget(self, n):
+    def forget(self,
+        n # A number for each row
+    ):
         "Of every row hold the first `n` tokens at most"
         self.good = [min(a, b) for a,b in zip(self.good, n)]
 
-    def stay(self, rows):
+    def stay(self,
+        rows # Their numbers
+    ):
         "Go on with these rows only"
         self.at,self.good = [self.at[i] for i in rows],[self.good[i] for i in rows]
         self._all(lambda x: x[torch.tensor(rows, device=x.device)])
@@ -140,15 +148,44 @@ def _sync(a, rows):
 
 class TwoModels:
     "Two models, each with a cache of its own"
-    def __init__(self, drafter, teacher, rows): self.parts = dict(drafter=RewindableReader(drafter, rows), teacher=RewindableReader(teacher, rows))
-    def draft(self, rows): return self.parts['drafter'].read(rows)[:,-1]
-    def judge(self, rows, keep): return self.parts['teacher'].read(rows, keep)
+    def __init__(self,
+        drafter, # `LM`
+        teacher, # `LM`
+        rows     # Token ids of each row
+    ):
+        self.parts = dict(drafter=RewindableReader(drafter, rows), teacher=RewindableReader(teacher, rows))
+    def draft(self,
+        rows # Token ids of each row
+    ):
+        "Logits of the drafter for the next token"
+        return self.parts['drafter'].read(rows)[:,-1]
+    def judge(self,
+        rows, # Token ids of each row
+        keep  # How many of the last positions
+    ):
+        "Logits of the teacher for what was drafted"
+        return self.parts['teacher'].read(rows, keep)
 
 class SharedPrefix:
     "Two models whose first blocks are the same: these are run once, what they left is put before the rest of either"
-    def __init__(self, first, drafter, teacher, rows): self.parts = dict(shared=RewindableReader(first, rows, head=False), drafter=RewindableReader(drafter, rows), teacher=RewindableReader(teacher, rows))
-    def draft(self, rows): return self.parts['drafter'].read(rows, 1, _sync(self.parts['shared'], rows))[:,-1]
-    def judge(self, rows, keep): return self.parts['teacher'].read(rows, keep, _sync(self.parts['shared'], rows))
+    def __init__(self,
+        first,   # `LM` of the blocks that both share
+        drafter, # `LM` of the rest of the student
+        teacher, # `LM` of the rest of the teacher
+        rows     # Token ids of each row
+    ):
+        self.parts = dict(shared=RewindableReader(first, rows, head=False), drafter=RewindableReader(drafter, rows), teacher=RewindableReader(teacher, rows))
+    def draft(self,
+        rows # Token ids of each row
+    ):
+        "Logits of the drafter for the next token"
+        return self.parts['drafter'].read(rows, 1, _sync(self.parts['shared'], rows))[:,-1]
+    def judge(self,
+        rows, # Token ids of each row
+        keep  # How many of the last positions
+    ):
+        "Logits of the teacher for what was drafted"
+        return self.parts['teacher'].read(rows, keep, _sync(self.parts['shared'], rows))
 
 # %% ../../nbs/judge/04_draft.ipynb #c016
 @dataclass(frozen=True)

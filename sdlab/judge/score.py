@@ -87,13 +87,18 @@ def total(
     return items.score.mean()
 
 # %% ../../nbs/judge/00_score.ipynb #c024
-def named_tasks(tasks):
+def named_tasks(
+    tasks # A `Task`, a list of them, or {name: `Task`}
+):
     "Tasks as {name: Task}"
     tasks = tasks if isinstance(tasks, dict) else {t.name:t for t in ([tasks] if isinstance(tasks, Task) else tasks)}
     if not tasks: raise ValueError('There are no tasks to score.')
     return tasks
 
-def require_same_tokens(arms, tasks):
+def require_same_tokens(
+    arms, # {name: `LM`}
+    tasks # {name: `Task`}
+):
     "Refuse to compare perplexities per token where the tokens are not the same"
     texts = [k for k,t in tasks.items() if t.metric=='perplexity']
     (first,a),*rest = arms.items()

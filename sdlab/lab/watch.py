@@ -451,7 +451,8 @@ class Watch(_Training, Instrument):
     @property
     def running(self): return any(map(self._record.is_training, self.names)) # Does it train now, here or in another process?
     @property
-    def marks(self): # What the teacher scores
+    def marks(self):
+        "What the teacher scores"
         told = [e for e in self.events if e['kind']=='row' and e['arm']=='teacher']
         return {k:v for e in told for k,v in e.items() if k in self.about['tasks']}
 
@@ -477,7 +478,8 @@ class Watch(_Training, Instrument):
         return sum(now)+known[-1][1]*int((f.state=='waiting').sum())
 
     @property
-    def checkpoints(self): # {name: folder of the finished model}
+    def checkpoints(self):
+        "{name: folder of the finished model}"
         there = {k:self.out/o.get('model', f'{o["folder"]}/run/model') for k,o in self.about['arms'].items()}
         return {k:p for k,p in there.items() if p.exists()}
     @property

@@ -328,7 +328,9 @@ def _close_all(widget):
     widget.close()
 
 # %% ../../nbs/lab/00_widgets.ipynb #c035
-def asset_text(*names): return '\n'.join(resources.files('sdlab.lab').joinpath('assets', o).read_text(encoding='utf-8') for o in names)
+def asset_text(*names):
+    "Files of the instruments, one after the other"
+    return '\n'.join(resources.files('sdlab.lab').joinpath('assets', o).read_text(encoding='utf-8') for o in names)
 
 def _lists(v): return v.tolist() if hasattr(v, 'tolist') else list(v)
 

@@ -101,7 +101,7 @@ def rank_agreement(
     scores,L = _several(scores)
     y,sizes,first = _truth(table, value, L)
     if higher_is_better: y = -y
-    x = {k:np.array([s.spans().values[first,sizes-1].numpy() for s in v]) for k,v in scores.items()}
+    x = {k:np.array([s.spans().values.numpy()[first,sizes-1] for s in v]) for k,v in scores.items()}
     return pd.DataFrame([r for k,v in x.items() for r in _by_size(k, v, y, sizes, draws, seed)])
 
 def _by_size(name, x, y, sizes, draws, seed):
@@ -175,7 +175,7 @@ def one_shot_or_iterative(
         again = iterative(lm, sizes[-1], lambda m: once if m.n==lm.n else measure(m)).evidence['rounds']
         plans = [('one-shot', once.best(n)) for n in sizes]
         plans += [('iterative', Plan(lm.n, [i for o in again[:n] for i in o['drop']])) for n in sizes]
-        out += [dict(measure=k, how=how, n=len(p.drop), drop=str(p.drop), **trial(p)) for how,p in plans]
+        out += [trial(p)|dict(measure=k, how=how, n=len(p.drop), drop=str(p.drop)) for how,p in plans]
     return pd.DataFrame(out)[['measure','how','n','drop','loss','kl','loss_stderr','kl_stderr']]
 
 # %% ../../nbs/measure/04_agree.ipynb #c026

@@ -277,7 +277,10 @@ class CKASettings:
         require(self.kernel in ('linear','rbf'), f"`kernel` is 'linear' or 'rbf', not {self.kernel!r}")
         require(0<sigma<math.inf, f'`sigma` is the bandwidth as a fraction of the median distance, above 0, not {sigma!r}')
 
-    def order(self, n): # groups of the numbers of `n` texts, one for each Gram matrix
+    def order(self,
+        n # Texts
+    ):
+        "Groups of the numbers of `n` texts, one for each Gram matrix"
         draws = self.tokens_per_text if self.examples=='tokens' else 1
         return [g for g in _groups(n, self.group, self.seed) for _ in range(draws)]
 

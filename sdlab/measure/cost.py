@@ -27,7 +27,11 @@ def _macs(
     flat = sum(p.numel() for p in block.parameters() if p.ndim==2)
     return flat+sum(p.numel()*top_k//p.shape[0] for p in block.parameters() if p.ndim==3)
 
-def attention_reach(cfg, i, context):
+def attention_reach(
+    cfg,    # Config of a model
+    i,      # Number of the block
+    context # Tokens
+):
     "Tokens that the attention of block `i` looks at, of `context`"
     kinds,window = getattr(cfg, 'layer_types', None),getattr(cfg, 'sliding_window', None)
     near = kinds[i]!='full_attention' if kinds else getattr(cfg, 'use_sliding_window', True)
@@ -39,12 +43,17 @@ def _attention(cfg, i, context):
     return 2*attention_reach(cfg, i, context)*heads*(getattr(cfg, 'head_dim', None) or cfg.hidden_size//heads)
 
 # %% ../../nbs/measure/08_cost.ipynb #c006
-def skeleton(config):
+def skeleton(
+    config # Config of a model
+):
     "The model of `config` without weights"
     from transformers import AutoModelForCausalLM
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
 
-def largest_stack(model, n):
+def largest_stack(
+    model, # A model of `transformers`
+    n      # Blocks
+):
     "Path of the list of `n` blocks with the most parameters"
     lists = {k:m for k,m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)==n}
     if lists: return max(lists, key=lambda k: sum(p.numel() for p in lists[k].parameters()))
@@ -105,7 +114,11 @@ class Cost:
 
 def _sublayers(attn, mlp): return ' and '.join(f'{k} {w}{"s"*(k>1)}' for k,w in ((attn,'attention'), (mlp,'MLP')) if k)
 
-def si_number(n): return next((f'{n/k:.4g} {s}' for k,s in ((1e9,'G'),(1e6,'M'),(1e3,'k')) if n>=k), str(n))
+def si_number(
+    n # A number
+):
+    "A number with G, M or k"
+    return next((f'{n/k:.4g} {s}' for k,s in ((1e9,'G'),(1e6,'M'),(1e3,'k')) if n>=k), str(n))
 
 # %% ../../nbs/measure/08_cost.ipynb #c009
 def _pass(lm, ids, step):

@@ -20,10 +20,20 @@ from .scores import span_sizes
 from .importance import measured_on,scores_of
 
 # %% ../../nbs/measure/03_exact.ipynb #c005
-def changed_blocks(plan): return {i for units in plan.gone.values() for i in units} # of which something goes
-def first_change(plan): return min(changed_blocks(plan))
+def changed_blocks(
+    plan # `Plan`
+):
+    "Blocks of which something goes"
+    return {i for units in plan.gone.values() for i in units}
+def first_change(
+    plan # `Plan`
+):
+    "The first block of which something goes"
+    return min(changed_blocks(plan))
 
-def block_after(plan):
+def block_after(
+    plan # `Plan`
+):
     "The first block that is left from the first change of `plan` on; L if there is none"
     return next((i for i in range(first_change(plan), plan.n) if i not in plan.drop), plan.n)
 
@@ -60,7 +70,11 @@ class BatchRead(Meter):
         self.batch,self.at = batch,counted_tokens(batch).cpu()
         self.n,self.p = self.at.sum(-1),self.rows(logits)
 
-    def rows(self, logits): return logits[:,:-1][self.at.to(logits.device)]
+    def rows(self,
+        logits # Shape (B, T, vocab)
+    ):
+        "Logits at the positions that count"
+        return logits[:,:-1][self.at.to(logits.device)]
     def sums(
         self,
         p, # Rows of logits of the whole model, shape (tokens that count, V)
@@ -91,12 +105,18 @@ def text_means(
     return (sums/n[:,None])[n>0]
 
 # %% ../../nbs/measure/03_exact.ipynb #c011
-def units_gone(plan):
+def units_gone(
+    plan # `Plan`
+):
     "What `plan` takes away, for people"
     whole = [f"block{'s' if len(plan.drop)>1 else ''} {index_runs(plan.drop)}"] if plan.drop else []
     return ', '.join(whole+[unit_words(k, v) for k,v in plan.gone.items() if k!='block'])
 
-def require_finite(x, plan, batch):
+def require_finite(
+    x,    # Shape (texts, ..)
+    plan, # What was cut
+    batch # The batch that was read
+):
     "`x`, a row of numbers for each text, unless the cut model breaks on one of them"
     bad = (~x.isfinite()).any(-1).nonzero()
     if not len(bad): return x
@@ -146,7 +166,11 @@ class ExactLoss:
         return torch.cat([o.sums_without(plan, tail, path, self._reference(o)) for o in self._read])
     def _reference(self, read): return read.rows(replayed(self._head, self.lm.path, read.hs[-1], read.batch, True))
 
-def numbered_parts(lm, batches, limit=2**27):
+def numbered_parts(
+    lm,         # `LM`
+    batches,    # List of batches
+    limit=2**27 # Logits at most
+):
     "`batches` with their texts numbered, in parts of at most `limit` logits"
     out,n = [],0
     for b in batches:
@@ -186,7 +210,9 @@ class SuffixReplay(Meter):
         require_counted(self.tally.n)
         return self.tally
 
-    def filling(self, read):
+    def filling(self,
+        read # A `BatchRead`
+    ):
         "Loss and divergence of each text that counts, (texts, 2, L+1, L+1), one span more at each turn; NaN where unknown"
         L,known = self._lm.n+1,int((read.n>0).sum())
         out = torch.full((known, 2, L, L), float('nan'), dtype=torch.float64)
@@ -222,7 +248,13 @@ def quality(
     tally,seen = scan(lm, batches, meter, DataFingerprint(), progress=progress)
     return loss_and_kl(lm, tally, seen, part, measured_on(lm))
 
-def loss_and_kl(lm, tally, seen, part, on):
+def loss_and_kl(
+    lm,    # `LM`
+    tally, # Means over the texts
+    seen,  # What was looked at
+    part,  # 'block', 'attention' or 'mlp'
+    on     # What a plan says of the model that was measured
+):
     "What `quality` gives, from the tally of a `SuffixReplay`"
     on = on|{'whole':tally.mean[0,0,0].item()}
     def scores(k, metric):

@@ -52,7 +52,9 @@ def pair_updates(
     return d2.sqrt()/r[...,None]
 
 # %% ../../nbs/measure/02_importance.ipynb #c013
-def checked_tokens(tokens):
+def checked_tokens(
+    tokens # 'last' or 'all'
+):
     "`tokens`, if it is a way to choose them"
     if tokens not in ('last','all'): raise ValueError(f"`tokens` is 'last' or 'all', not {tokens!r}")
     return tokens
@@ -134,12 +136,34 @@ class SubLayerChange(Meter):
         self._vals.append(self.measure(*(as_double(o[at]) for o in states)).cpu())
     def end(self, batch): self.tally += RunningMean.of(torch.stack(self._vals, -1))
 
-def sublayer_angle(h, out, ablated): return angular_distance(out, ablated)
-def sublayer_gap(h, out, ablated): return cosine_gap(out, ablated)
-def sublayer_update(h, out, ablated): return (out-ablated).float().norm(dim=-1)/h.float().norm(dim=-1)
+def sublayer_angle(
+    h,      # The stream before, shape (B, T, d)
+    out,    # The stream after the block
+    ablated # The same without the sub-layer
+):
+    "How far the stream turns without the sub-layer"
+    return angular_distance(out, ablated)
+def sublayer_gap(
+    h,      # The stream before, shape (B, T, d)
+    out,    # The stream after the block
+    ablated # The same without the sub-layer
+):
+    "1 - cosine of the stream with and without the sub-layer"
+    return cosine_gap(out, ablated)
+def sublayer_update(
+    h,      # The stream before, shape (B, T, d)
+    out,    # The stream after the block
+    ablated # The same without the sub-layer
+):
+    "What the sub-layer adds, by the length of the stream"
+    return (out-ablated).float().norm(dim=-1)/h.float().norm(dim=-1)
 
 # %% ../../nbs/measure/02_importance.ipynb #c024
-def measured_on(lm): return {'model':lm.name, 'model_fingerprint':lm.fingerprint}
+def measured_on(
+    lm # `LM`
+):
+    "What a plan says of the model that was measured"
+    return {'model':lm.name, 'model_fingerprint':lm.fingerprint}
 
 def scores_of(
     metric,       # What was measured, in words

@@ -53,6 +53,7 @@ class Stage:
 
 _PARTS = 'weights states cache activations work gradients'.split()
 
+# %% ../../nbs/measure/09_scale.ipynb #n004
 @dataclass(frozen=True, repr=False)
 class Budget:
     "What a study would take, stage by stage, from the config alone"
@@ -130,7 +131,9 @@ def _linear(model, path, keep):
     return [p.shape[-2:] for p in ps for _ in range(len(p) if p.ndim>2 else 1)], sum(p.numel() for p in ps)
 
 # %% ../../nbs/measure/09_scale.ipynb #c012
-def require_positive(value):
+def require_positive(
+    value # A dataclass
+):
     "Raise unless every number in it is above 0"
     bad = [k for k,v in vars(value).items() if isinstance(v, (int,float)) and v<=0]
     if bad: raise ValueError(f'{bad[0]} must be more than 0')
@@ -193,8 +196,8 @@ class StageFormulae:
     cfg:object   # Of the text part of the model
     c:Cost       # Of the student, with that of the teacher in it
     plan:Plan    # What is cut
-    work:Workload
-    on:Cards
+    work:Workload # What is asked for
+    on:Cards      # Where it runs
     again:bool   # Are activations made again?
     net:object   # The model without weights
     @property
@@ -203,34 +206,65 @@ class StageFormulae:
     def T(self): return self.work.prompt+self.work.answer
     @property
     def o(self): return _widths(self.cfg)
-    def took(self, macs): return 2*macs/(self.on.flops*self.on.use)/self.on.cards
-    def stage(self, name, weights, macs=0., seconds=0., **held):
+    def took(self,
+        macs # Multiply-adds
+    ):
+        "Seconds for so many MACs; None where the speed is not known"
+        return 2*macs/(self.on.flops*self.on.use)/self.on.cards
+    def stage(self,
+        name,       # Its name
+        weights,    # Bytes
+        macs=0.,    # Multiply-adds
+        seconds=0., # If they are known otherwise
+        **held
+    ):
+        "A line of the table"
         return Stage(name, weights, macs, max(seconds, self.took(macs)), **held)
 
-    def passing(self, B, T): return self.b*B*T*(3*self.o.f+2*self.o.d)            # of one block, nothing kept
-    def kv(self, keep, B):
+    def passing(self,
+        B, # Rows at once
+        T  # Tokens of a row
+    ):
+        "Bytes of a forward pass"
+        return self.b*B*T*(3*self.o.f+2*self.o.d)
+    def kv(self,
+        keep, # Share of the blocks
+        B     # Rows at once
+    ):
+        "Bytes of the keys and values"
         return sum(2*self.b*self.o.k*B*attention_reach(self.cfg, i, self.T) for i in keep)
-    def learning(self, trained, states):
+    def learning(self,
+        trained, # Bytes of the gradients of what is trained
+        states   # Bytes of the optimiser
+    ):
         "What a training step holds beside the weights"
         n,L,o = self.work.batch_size*self.T,len(self.plan.keep),self.o
         a,top = activation_bytes(self.cfg, self.b),12*n*o.V+n*o.d*(4+2*self.b)      # the last norm's, too
         block = n*(a+2*self.b*o.f)
         kept,work = (self.b*L*n*o.d, max(top, block)) if self.again else (L*n*a, top)
         return dict(states=states, activations=kept, work=work, gradients=trained+block)
-    def steps(self, passes, n=0):
+    def steps(self,
+        passes, # How many
+        n=0     # Weights of adapters
+    ):
         "So many passes' worth of the matrices; the backward pass of attention and of n adapter weights is two in any case"
         c,w = self.c,self.work
         inside = c.linear+c.attention+n
         a_token = passes*(c.linear+c.head)+3*(c.attention+n)+self.again*inside
         return w.arms*w.epochs*w.rows*self.T*a_token
     def adapters(self):
+        "Their parameters"
         maps,inside = _linear(self.net, largest_stack(self.net, self.plan.n), self.plan.keep)
         return self.work.lora*sum(a+b for a,b in maps),inside
 
-    def stages(self): return measuring_and_writing(self)+tuning(self)+judging(self)
+    def stages(self):
+        "All lines of the table"
+        return measuring_and_writing(self)+tuning(self)+judging(self)
 
 # %% ../../nbs/measure/09_scale.ipynb #n003
-def measuring_and_writing(f):
+def measuring_and_writing(
+    f # `StageFormulae`
+):
     "The stages before training"
     w,whole = f.work,f.c.whole
     B = min(32, w.calibration)
@@ -239,7 +273,14 @@ def measuring_and_writing(f):
     return (f.stage('measure', whole.bytes, activations=kept, macs=macs), f.stage('prune', whole.bytes+f.c.bytes),
             answering(f, 'rewrite', whole, range(f.plan.n), w.rows, f.T))
 
-def answering(f, name, c, keep, n, prompt):
+def answering(
+    f,     # `StageFormulae`
+    name,  # Of the stage
+    c,     # `Cost` of the model
+    keep,  # Its blocks
+    n,     # Prompts
+    prompt # Tokens of a prompt
+):
     "n prompts read, n answers written"
     w = f.work
     B = min(w.answer_batch, n)
@@ -249,14 +290,18 @@ def answering(f, name, c, keep, n, prompt):
     work = B*f.o.V*(f.b+4)
     return f.stage(name, c.bytes, activations=f.passing(B, prompt), work=work, cache=cache, macs=macs, seconds=seconds)
 
-def judging(f):
+def judging(
+    f # `StageFormulae`
+):
     "The teacher, and the student before and after each training"
     w,n = f.work,f.work.arms+1
     return (answering(f, 'judge the teacher', f.c.whole, range(f.plan.n), w.items, w.prompt),
             answering(f, f'judge {n} students', f.c, f.plan.keep, n*w.items, w.prompt))
 
 # %% ../../nbs/measure/09_scale.ipynb #n001
-def tuning(f):
+def tuning(
+    f # `StageFormulae`
+):
     "The ways to train"
     P,c,cards = f.c.params,f.c,f.on.cards
     n,inside = f.adapters()
@@ -267,7 +312,9 @@ def tuning(f):
     qlora = f.stage('tune adapters (QLoRA)', few+2*n, macs=f.steps(2, n), **f.learning(2*n, 4*n))
     return (whole, *([spread_tuning(f)] if cards>1 else []), lora, merge, qlora)
 
-def spread_tuning(f):
+def spread_tuning(
+    f # `StageFormulae`
+):
     "All weights under FSDP: float32 weights, gradients and states in parts; two blocks, and what is in none, gathered"
     P,block,cards = f.c.params,f.c.linear/len(f.plan.keep),f.on.cards
     gathered = f.b*(2*block+max(0, P-f.c.linear))

@@ -121,18 +121,30 @@ class Concat:
         return torch.cat(self.parts)
 
 # %% ../../nbs/measure/00_scan.ipynb #c020
-def forward_pass(net, batch, device):
+def forward_pass(
+    net,   # A model of `transformers`
+    batch, # A batch
+    device # Where it is
+):
     "One forward pass of `net`, without a cache"
     named = inspect.signature(net.forward).parameters
     return net(**{k:batch[k].to(device) for k in ('input_ids','attention_mask','position_ids') if k in named}, use_cache=False)
 
-def forward(lm, batch, logits=False):
+def forward(
+    lm,          # `LM`
+    batch,       # A batch
+    logits=False # Run the head, too?
+):
     "Run `batch` through all of `lm`, or through everything but its head; its logits, or None"
     if logits: return forward_pass(lm.model, batch, lm.device).logits
     forward_pass(lm.model.base_model, batch, lm.device)
 
 # %% ../../nbs/measure/00_scan.ipynb #c021
-def ready_batch(batch, row, vocab):
+def ready_batch(
+    batch, # A batch
+    row,   # Number of its first text
+    vocab  # Size of the vocabulary
+):
     "`batch` with its mask, its positions and the numbers of its rows, or one sentence on what is wrong with it"
     if not isinstance(batch, dict) or 'input_ids' not in batch:
         expected = 'A batch is a dict with `input_ids` of shape (B, T)'
@@ -155,13 +167,19 @@ def _require_readable(batch, vocab):
 
 def _batch_rows(batch, at): return {k:v[at] for k,v in batch.items() if torch.is_tensor(v)}
 
-def logit_parts(batch, vocab, limit):
+def logit_parts(
+    batch, # A batch
+    vocab, # Size of the vocabulary
+    limit  # Logits at most
+):
     "`batch` in runs of rows of at most `limit` logits each (one row at least)"
     B,T = batch['input_ids'].shape
     n = max(1, limit//(T*vocab))
     return [_batch_rows(batch, slice(i, i+n)) for i in range(0, B, n)]
 
-def unpadded_parts(batch):
+def unpadded_parts(
+    batch # A batch
+):
     "`batch` in parts without padding: rows with their real tokens in the same columns together"
     mask = batch['attention_mask'].bool()
     kinds,which = mask.unique(dim=0, return_inverse=True)
@@ -169,7 +187,12 @@ def unpadded_parts(batch):
         part = _batch_rows(batch, which==i).items()
         yield {k:v[:,real] if v.shape[1:2]==mask.shape[1:] else v for k,v in part}
 
-def batch_parts(lm, batch, meters, max_logits):
+def batch_parts(
+    lm,        # `LM`
+    batch,     # A batch
+    meters,    # List of `Meter`
+    max_logits # Logits at most
+):
     "`batch` in the parts that these meters can be shown"
     parts = unpadded_parts(batch) if any('linear' in m.sites for m in meters) else [batch]
     if not any(m.needs for m in meters): return parts
@@ -203,18 +226,34 @@ class PassObserver:
         self.at = {k:[m for m in meters if k in m.sites] for k in SITES}
         self.last,self.beside = None,False # the last state; does a block without its sub-layer run?
 
-    def tell(self, meters, see, *seen):
+    def tell(self,
+        meters, # List of `Meter`
+        see,    # Name of the method to call
+        *seen
+    ):
         "Only who needs gradients is given what they flow through"
         for m in meters:
             live = 'gradients' in m.needs or not torch.is_grad_enabled()
             with torch.no_grad(): getattr(m, see)(*(seen if live else _detached(seen)), self.batch)
 
-    def stream(self, l, h):
+    def stream(self,
+        l, # Number of the block
+        h  # Shape (B, T, d)
+    ):
+        "The stream before a block, shown to who looks at it"
         self.last = h
         self.tell(self.at['stream'], 'see', l, h)
-    def linear(self, map, x):
+    def linear(self,
+        map, # `LinearMap`
+        x    # Its input
+    ):
+        "The input of a linear map, shown to who looks at it"
         if not self.beside: self.tell(self.at['linear'], 'see_linear', map, x)
-    def sublayer(self, part, l, block):
+    def sublayer(self,
+        part, # 'attention' or 'mlp'
+        l,    # Number of the block
+        block # The block without the sub-layer
+    ):
         "A forward hook of block `l`; `block` is the same without the sub-layer"
         meters = [m for m in self.at['sublayer'] if m.part==part]
         def run(mod, args, kwargs, out):
@@ -235,9 +274,13 @@ class PassObserver:
             stack.enter_context(watching(self.lm.blocks, self.stream))
             yield
 
+# %% ../../nbs/measure/00_scan.ipynb #n013
 def _detached(seen): return [o.detach() if torch.is_tensor(o) else o for o in seen]
 
-def ablated_blocks(lm, meters):
+def ablated_blocks(
+    lm,    # `LM`
+    meters # List of `Meter`
+):
     "{part: the blocks of a view without it} for every sub-layer that a meter looks at"
     parts = {m.part for m in meters if 'sublayer' in m.sites}
     return {k:without(lm, Plan.span(lm.n, 0, lm.n, k)).model.eval().get_submodule(lm.path) for k in parts}
@@ -255,7 +298,10 @@ def asking_for_gradients(
     finally:
         for p,asked in was.items(): p.requires_grad_(asked)
 
-def pass_with_gradients(lm, batch):
+def pass_with_gradients(
+    lm,   # `LM`
+    batch # A batch
+):
     "Logits of `batch`, and the gradient of its mean nll with respect to every weight"
     with torch.enable_grad(), asking_for_gradients(lm.model) as weights:
         logits = forward(lm, batch, logits=True)
@@ -264,12 +310,21 @@ def pass_with_gradients(lm, batch):
         found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return dict(logits=logits.detach(), gradients=dict(zip(weights, found)))
 
-def pass_for(lm, batch, needs):
+def pass_for(
+    lm,    # `LM`
+    batch, # A batch
+    needs  # Any of 'logits' and 'gradients'
+):
     "One pass, and what is needed of it"
     if 'gradients' in needs: return pass_with_gradients(lm, batch)
     return dict(logits=forward(lm, batch, 'logits' in needs))
 
-def read_batch(lm, batch, meters, ablated):
+def read_batch(
+    lm,     # `LM`
+    batch,  # A batch
+    meters, # List of `Meter`
+    ablated # What `ablated_blocks` gives
+):
     "One batch through the model, seen by all `meters`"
     observer = PassObserver(lm, batch, meters, ablated)
     for m in meters: m.start(lm, batch)
@@ -350,7 +405,11 @@ def scan(
         raise ValueError('There are no texts to measure on: the list of batches is empty')
     return tuple(m.result() for m in meters)
 
-def progress_bar(it, show):
+def progress_bar(
+    it,  # What is gone through
+    show # Show it?
+):
+    "A bar over `it`, if it is to be shown"
     if not show: return it
     from tqdm.auto import tqdm
     return tqdm(it, desc='scan', leave=False)
@@ -478,7 +537,10 @@ class Divergence(Meter):
     def end(self, batch, logits):
         kl,n = self.sums(batch, logits).unbind(-1)
         self.tally += RunningMean.of((kl/n)[n>0])
-    def sums(self, batch, logits):
+    def sums(self,
+        batch, # A batch
+        logits # Of the model that is looked at
+    ):
         "Divergence of each text, summed over what counts, and how much that is, shape (B, 2)"
         with evaluating(self.reference.model): p = forward(self.reference, batch, logits=True)
         return counted_sums(token_kl(p, logits)[:,:-1], batch)

@@ -40,9 +40,14 @@ class UnitChoice:
     @property
     def total(self): return int((~self.values.isnan()).sum()) if self.of_units else self.L
     @property
-    def sizes(self): # how many can be chosen: all, unless few sizes of span were measured
+    def sizes(self):
+        "How many can be chosen: all, unless few sizes of span were measured"
         return tuple(n for n in range(1, self.total) if not (self.of_spans and self.of_size(n).isnan().any()))
-    def of_size(self, n): return self.values[:self.L+1-n, n-1]
+    def of_size(self,
+        n # Blocks of a span
+    ):
+        "Scores of the spans of one size"
+        return self.values[:self.L+1-n, n-1]
     def lowest(self,
         n,          # How many
         even=False, # So many of every block?
@@ -111,11 +116,17 @@ class Scores(UnitChoice):
     )->Plan:
         "The units that matter least, as a plan that says why"
         return best_plan(self, units_asked(self, n, share, even), even)
-    def spans(self): return self if self.of_spans else summed_spans(self) # the sum over the blocks of each
+    def spans(self):
+        "The sum over the blocks of each span"
+        return self if self.of_spans else summed_spans(self)
     def frame(self):
         "One row per span or unit: `metric`, `part`, `first` (in this model), `size`, `value`, `stderr`, `n` texts"
         return score_table(self)
-    def plot(self, ax=None, best=True, **kwargs):
+    def plot(self,
+        ax=None,   # Axes to draw in
+        best=True, # Mark the best?
+        **kwargs
+    ):
         "Spans: a triangle, the best of each size marked; blocks: bars; units: a map"
         return (plot_spans if self.of_spans else plot_units)(self, ax, best, **kwargs)
     def __repr__(self):
@@ -124,7 +135,11 @@ class Scores(UnitChoice):
     def _repr_markdown_(self): return best_table(self)
 
 # %% ../../nbs/measure/01_scores.ipynb #c009
-def units_in_share(share, total, what):
+def units_in_share(
+    share, # Between 0 and 1
+    total, # Units
+    what   # Their name
+):
     "So many of `total` units, rounded down"
     if isinstance(share, bool) or not 0<share<1: raise ValueError(f'`share` is between 0 and 1, not {share!r}')
     n = int(share*total+1e-9)
@@ -150,7 +165,12 @@ def span_sizes(
     for n in sizes: require_count(n, L)
     return tuple(sizes)
 
-def units_asked(s, n, share, even):
+def units_asked(
+    s,     # `Scores`
+    n,     # A number, or None
+    share, # A share, or None
+    even   # As many of each block?
+):
     "How many units are to go, from a number or a share"
     if even and not s.of_units: raise ValueError('`even` is for units within blocks only')
     total = s.total//(s.L if even else 1)
@@ -159,27 +179,39 @@ def units_asked(s, n, share, even):
     if not s.of_spans or n in s.sizes: return n
     raise ValueError(f'The {s.metric} was measured only for {", ".join(map(str, s.sizes))} blocks, not for {n}')
 
-def best_plan(s, n, even):
+# %% ../../nbs/measure/01_scores.ipynb #n004
+def best_plan(
+    s,   # `Scores`
+    n,   # How many
+    even # As many of each block?
+):
     "The plan of `Scores.best`"
     chosen,found = s.lowest(n, even),dict(metric=s.metric, texts=s.texts)
     if not s.of_units: found['scores'] = (s.of_size(n) if s.of_spans else s.values).tolist() # what it was chosen from
     return Plan(s.L, why=reason(s, chosen), evidence=found|s.evidence, **s.fields(chosen))
 
-def reason(s, chosen):
+def reason(
+    s,     # `Scores`
+    chosen # What was chosen
+):
     "Why these units, for people"
     if not s.texts: return s.metric
     if not s.of_spans: return f'the lowest {s.metric}, at most {s.highest(chosen):.3g}, over {s.texts} texts'
     v,e = s.score(chosen[0], len(chosen))
     return f'{s.metric} {v:.3g} ± {e:.1g} over {s.texts} texts'
 
-def summed_spans(s):
+def summed_spans(
+    s # `Scores`
+):
     "`Scores` of blocks, added up over spans"
     if s.of_units: raise TypeError(f'{s.metric} scores {s.what}, which make no spans')
     v,e = (None if o is None else span_sums(o) for o in (s.values,s.stderr))
     return replace(s, metric=f'sum of {s.metric}', values=v, stderr=e)
 
 # %% ../../nbs/measure/01_scores.ipynb #c010
-def score_table(s):
+def score_table(
+    s # `Scores`
+):
     "The table of `Scores.frame`, spans size by size"
     import pandas as pd
     ok = ~s.values.isnan()
@@ -190,14 +222,24 @@ def score_table(s):
     e = s.values*math.nan if s.stderr is None else s.stderr
     return pd.DataFrame(out|dict(value=s.values[at].tolist(), stderr=e[at].tolist(), n=s.texts))
 
-def plot_units(s, ax, best, **kwargs):
+def plot_units(
+    s,       # `Scores`
+    ax,      # Axes to draw in
+    best,    # Mark the best?
+    **kwargs
+):
     "Bars of blocks, a map of units"
     if s.of_units: return heat(s.values, ax=ax, label=s.metric, **dict(xlabel=s.unit, ylabel='block')|kwargs)
     loses = '' if s.part=='block' else f' that loses its {s.unit}'
     words = dict(xlabel=f'block{loses}', ylabel=s.metric)|kwargs
     return bars(s.kept or range(s.L), s.values, ax=ax, err=s.stderr, **words)
 
-def plot_spans(s, ax, best, **kwargs):
+def plot_spans(
+    s,       # `Scores`
+    ax,      # Axes to draw in
+    best,    # Mark the best?
+    **kwargs
+):
     "The triangle of spans, from size 1 up"
     first = 'dropped' if s.part=='block' else f'that loses its {s.unit}'
     words = dict(xlabel=f'first block {first}', ylabel=f'{s.what} dropped', ylim=(.5,s.L+.5))
@@ -207,10 +249,16 @@ def plot_spans(s, ax, best, **kwargs):
     if best: ring_lowest(s, ax)
     return ax
 
-def ring_lowest(s, ax): # the lowest span of each size
+def ring_lowest(
+    s, # `Scores`
+    ax # Axes to draw in
+):
+    "Mark the lowest span of each size"
     ax.plot([s.lowest(n)[0] for n in s.sizes], s.sizes, 'o', ms=4, mfc='none', mec='#56b4e9', mew=1.5)
 
-def best_table(s):
+def best_table(
+    s # `Scores`
+):
     "What is best to drop, in Markdown"
     counts = {n:n for n in [k for k in s.sizes if k<5 or k%2==0][:8]}
     if s.of_units: counts = {f'{k:.0%}':n for k in (.1,.3,.5) if (n := int(k*s.total))}
@@ -238,7 +286,11 @@ class Measure:
     )->Scores:
         "Scores of the units of `lm`"
         return self.of(resolve_name(self.function)(*(lm, batches)[:1+self.texts], **kwargs))
-    def of(self, found): return found[self.key] if isinstance(found, dict) else found # its own among several
+    def of(self,
+        found # What its function gave
+    ):
+        "Its own scores, where several were found"
+        return found[self.key] if isinstance(found, dict) else found
 
 IMPORTANCE,EXACT = 'sdlab.measure.importance:','sdlab.measure.exact:'
 _TOGETHER = IMPORTANCE+'importance'

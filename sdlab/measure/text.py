@@ -67,7 +67,11 @@ _WORD = re.compile(rf'[{_HAN}]|(?:(?![{_HAN}])\w)+')
 
 _PLAIN = re.compile(r'\w+')                        # the same where no character is outside ASCII, and faster
 
-def word_list(text): return (_PLAIN if text.isascii() else _WORD).findall(text.lower())
+def word_list(
+    text # A text
+):
+    "The words of a text, in lower case"
+    return (_PLAIN if text.isascii() else _WORD).findall(text.lower())
 
 def _common(a, b):
     "Length of the longest common subsequence of two lists, a row of the table per item of `b` as one integer"

@@ -219,7 +219,10 @@ class Projection:
         ax.set(**dict(xlim=(-r,r), ylim=(-r,r), aspect='equal')|words|kwargs)
         return ax
 
-    def faith(self, at): # what the picture of a snapshot shows of it, for people
+    def faith(self,
+        at # Number of the snapshot
+    ):
+        "What the picture of a snapshot shows of it, for people"
         return f'{100*self.shown[at].item():.0f} % of variance' if self.method=='pca' else f'stress {self.stress[at].item():.2f}'
     def __repr__(self):
         what = f'{self.method.upper()} of layer {self.layer}: {self.xy.shape[1]} texts in {len(self.xy)} snapshots'
