@@ -147,8 +147,8 @@ def main(argv=None):
     a = asked(argv)
     if not a.dry_run: return study(a)
     from sdlab.core.data import rows, split
-    from sdlab.measure.scale import dry_run
+    from sdlab.measure.scale import Cards, dry_run
     train = split(rows(a.data, limit=a.limit or None), calibration=.2, train=.5, evaluation=.3)['train']
-    print(dry_run(a.teacher, a.drop, rows=train, epochs=a.epochs, batch_size=a.batch_size, lora=a.lora or 16, arms=len(ARMS), items=a.items, dtype=a.dtype, cards=a.cards, card=a.card))
+    print(dry_run(a.teacher, a.drop, rows=train, epochs=a.epochs, batch_size=a.batch_size, lora=a.lora or 16, arms=len(ARMS), items=a.items, dtype=a.dtype, cards=Cards(a.cards, memory=a.card)))
 
 if __name__=='__main__': main()

@@ -234,7 +234,7 @@ def test_settings_of_a_study(bench, tmp_path, unread, setting):
     assert got.refused(f'{setting}|{option}') and made==[], f'{got.said[-300:]} {len(made)} files'
 
 
-BEFORE = {'no blocks': ('--drop', 0), 'a place without files': ('--out', '/proc/none.csv')}
+BEFORE = {'no blocks': ('--drop', 0), 'a place without files': ('--out', '/proc/none')}
 
 
 @fault('What cannot be done or written is refused before anything is measured.')
@@ -242,18 +242,16 @@ BEFORE = {'no blocks': ('--drop', 0), 'a place without files': ('--out', '/proc/
 def test_distances_are_checked_first(bench, tmp_path, unread, kind):
     "No text is read for nothing"
     if '/proc/' in str(BEFORE[kind]) and not Path('/proc').is_dir(): pytest.skip('no /proc here')
-    usual = ('--n', 8, '--out', tmp_path/'s.csv', '--plan', tmp_path/'p.json')
+    usual = ('--n', 8, '--out', tmp_path/'spans')
     got = shell('distances', bench/'lm', '--texts', bench/'many.jsonl', *usual, *BEFORE[kind])   # the last one counts
     assert got.status==2 and 'texts were read' not in got.said, got
 
 
-@fault('Two results are never written to one file.')
-@pytest.mark.parametrize('out, plan', [('s.csv', 's.csv'), ('s.png', 'p.json')])
-def test_results_over_one_another(bench, tmp_path, out, plan):
-    "A table is not lost under a plan or a picture"
-    places = ('--out', tmp_path/out, '--plan', tmp_path/plan)
-    got = shell('distances', bench/'lm', '--texts', bench/'many.jsonl', '--n', 4, *places)
-    assert got.refused(re.escape(out)), got.said
+def test_results_over_one_another(bench):
+    "A measure does not replace a model, nor a table: each result has a folder of its own"
+    for place in (bench/'cut', bench/'many.jsonl'):
+        got = shell('distances', bench/'lm', '--texts', bench/'many.jsonl', '--n', 4, '--out', place)
+        assert got.refused(place.name), got.said
 
 
 @fault('A stage refuses what it cannot do in one sentence, before it is marked as done.')

@@ -142,7 +142,7 @@ def test_nothing_is_written_over(inside, capsys):
     Path('two.json').write_text('{"n": 12, "drop": {"block": [1]}}')
     refused(capsys, 'sdlab prune --plan two.json', 'holds another stage', '--fresh')
     refused(capsys, 'sdlab rewrite --n 13', 'holds another stage')
-    refused(capsys, 'sdlab tune --lr 1', 'lr was 0.0005 and is now 1.0')
+    refused(capsys, 'sdlab tune --lr 1', 'lr was 0.0005 and is now 1')
     refused(capsys, 'sdlab tune --out runs/cut', 'is what this stage reads')
     refused(capsys, 'sdlab cka --out runs/healed', 'is what this stage reads')
     refused(capsys, 'sdlab recovery --n 7 --tasks facts', 'holds another stage')

@@ -132,7 +132,7 @@ def _pocket_side(said, side): # {name: Task} of the pocket world
     if 'pocket' not in said: raise ValueError('tasks: give {pocket: all, n: 100}, or rows: {file: PATH}.')
     names = TASKS if said['pocket']=='all' else said['pocket']
     sizes = {k:v for k,v in said.items() if k!='pocket'}
-    refuse_unknown('setting of pocket tasks', sizes, ('n', 'seed', *TASKS))
+    refuse_unknown('pocket setting', sizes, ('n', 'seed', *TASKS))
     refuse_unknown('pocket task', names, TASKS)
     return {k:t for k,t in pocket_tasks(split=side, **sizes).items() if k in names}
 

@@ -331,9 +331,11 @@ def stage_cka(
     a,b = stage.model(student, 'tune'),stage.model(teacher)
     fields = dict(lm=a, teacher=b, texts=stage.texts(texts, teacher, b, n))
     out = stage.take(out, step('cka', **settings), fields, student, teacher)
-    same = kept_value(out, 'table').query('student==teacher')
-    said = ', '.join(f'{l}: {v:.3f}' for l,v in zip(same.student, same.cka))
-    return stage.wrote(f'CKA by layer: {said}', [out/FILES['table'], out/'picture.png'])
+    return stage.wrote(f'CKA: {_diagonal(kept_value(out, "table"))}', [out/FILES['table'], out/'picture.png'])
+
+def _diagonal(table): # A layer against its own place in the teacher
+    same = table.query('student==teacher')
+    return ', '.join(f'{l}: {v:.3f}' for l,v in zip(same.student, same.cka))
 
 # %% ../../nbs/experiment/07_stages.ipynb #c029
 def run_command(
@@ -382,17 +384,19 @@ def study_command(
     **settings          # Of the step `tune`, for every arm
 ):
     "Prune a model, let it write its own training data, heal, judge, compare"
-    if drop<1: raise ValueError(f'`drop` is a number of blocks, at least 1, not {drop!r}')
+    _require_drop(drop)
     page = recipe_page('study')
     page |= dict(teacher=teacher, rows=dict(file=data, limit=limit), tasks=vars(rows), **stage.opening)
     _settle(page['steps'], dict(n=drop, tokens=tokens), rows, dict(settings, seed=stage.seed))
-    if not controls: _drop_controls(page['arms'])
+    if not controls: _leave_out_controls(page)
     if dry_run: return _foreseen(page, drop)
     return run_recipe(read_design(page), out, Running(fresh=stage.fresh))
 
-def _drop_controls(arms):
-    for k in list(arms):
-        if 'control' in k: del arms[k]
+def _require_drop(drop):
+    if drop<1: raise ValueError(f'`drop` is a number of blocks, at least 1, not {drop!r}')
+
+def _leave_out_controls(page): # The arms that tune the unpruned teacher
+    page['arms'] = {k:v for k,v in page['arms'].items() if 'control' not in k}
 
 def _settle(steps, pick, asked, heal): # What the steps of that recipe are told
     write = dict(rule=None if asked.rule=='none' else asked.rule, max_new_tokens=asked.max_new_tokens)
