@@ -123,7 +123,7 @@ def _again(study): # How it was done, for whoever wants to do it again
     s = study.settings
     facts = dict(teacher=s['teacher'], fingerprint=s['fingerprint'], rows=len(study.data), **s['versions'])
     recipe = f'<pre class="wide">{escape(json.dumps(s["about"], indent=1))}</pre>' if s.get('about') else ''
-    took = pd.DataFrame(study.seconds.items(), columns=['step','seconds'])
+    took = study.status()[['step','seconds']].dropna()
     settings = pd.DataFrame([(k, str(v)) for k,v in facts.items()], columns=['setting','value'])
     return grid(settings)+recipe+'<p class="soft">Seconds per step</p>'+grid(took)
 
