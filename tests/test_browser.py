@@ -247,7 +247,7 @@ def nothing_left(s, seconds=30):
 # -- in JupyterLab
 
 def test_choose_a_cut(opened, pictures, request):
-    fewer = {} if request.config.getoption('--screenshots') else {'sample=24, most=128': 'sample=6, most=64'}   # texts for the exact map: the notebook itself is run with all
+    fewer = {} if request.config.getoption('--screenshots') else {'Limits(24, 128)': 'Limits(6, 64)'}   # texts for the exact map: the notebook itself is run with all
     s = opened('nbs/tutorials/choose_a_cut.ipynb', leave=r'\.close\(\)', swap=fewer)            # its last cell puts the instrument away
     s.run_all(300)
     s.kernel.ask(do="me_ = next(o for o in globals().values() if type(o).__name__=='Picker' and not o.closed)")
