@@ -179,8 +179,9 @@ def claim(
 
 def _as_json(settings): return json.loads(json.dumps(settings, default=str))
 
-def _make_claimed(folder, kind, settings):
+def _make_claimed(folder, kind, settings): # Unless another process was first
     if os.path.lexists(folder) and not (folder.is_dir() and all(map(_is_ours, folder.iterdir()))):
+        if settings_in(folder, kind) is not None: return
         raise ValueError(f'{folder} exists and is no {kind}: choose another folder.')
     try:
         folder.mkdir(parents=True, exist_ok=True)
